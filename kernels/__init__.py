@@ -1,0 +1,5 @@
+"""Tensor operations: the steering op and, later, quantised matmuls. Knows nothing but tensors."""
+
+from trimtab.kernels.steer import LayerBank, probe, steer
+
+__all__ = ["LayerBank", "probe", "steer"]

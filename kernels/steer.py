@@ -1,0 +1,111 @@
+"""The steering op: one fused change of the residual stream at the output of a decoder layer.
+
+For a token t with hidden state h and up to M bank slots, each with a gate g in [0, 1]:
+
+    h1 = h + sum_m g_m * (u_m - A_m^T (B_m h))      additive and low-rank part
+    h2 = h1 * |h| / |h1|                             if a slot that is open asks for it
+
+u_m is the request's directions at this layer, scaled and summed when the request was admitted.
+The low-rank part carries directional ablation and projection (Arditi et al., arXiv 2406.11717:
+h - (h . r) r is A = B = r). Norm preservation is over the hidden dimension of the whole residual
+stream, per token (GrAInS, arXiv 2507.18043; its published hook takes the norm over the sequence).
+
+This file is the plain torch reference: the specification, the CPU path and the tests' oracle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerBank:
+    """What the op reads at one layer. Slot 0 and row 0 are the null slot and the zero row.
+
+    Attributes:
+        rows: additive rows, `[n_rows, d_model]`, float32.
+        row_of: row of each slot at this layer, `[n_slots]`, int64.
+        norm: whether a slot asks for norm preservation at this layer, `[n_slots]`, bool.
+        low_a: left low-rank factors, `[n_low, d_model]`, float32.
+        low_b: right low-rank factors, `[n_low, d_model]`, float32.
+        low_of: low-rank pairs of each slot at this layer, `[n_slots, rank]`, int64; pair 0 is zero.
+    """
+
+    rows: torch.Tensor
+    row_of: torch.Tensor
+    norm: torch.Tensor
+    low_a: torch.Tensor
+    low_b: torch.Tensor
+    low_of: torch.Tensor
+
+
+def steer(
+    hidden: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    bank: LayerBank,
+    gates: torch.Tensor | None = None,
+    has_low_rank: bool = True,
+    has_norm: bool = True,
+) -> torch.Tensor:
+    """Return the steered hidden states of one layer.
+
+    Args:
+        hidden: residual stream, `[n_tokens, d_model]`, any floating dtype.
+        slots: bank slots of each token, `[n_tokens, n_parts]`, int64; 0 leaves the token alone.
+        bank: the layer's view of the bank.
+        gates: weight of each slot, `[n_tokens, n_parts]`, float32 in [0, 1]; None means 1.
+        has_low_rank: False skips the low-rank part when no slot here has one.
+        has_norm: False skips norm preservation when no slot here asks for it.
+
+    Returns:
+        `[n_tokens, d_model]` in `hidden`'s dtype. Arithmetic is float32 with one cast at the end.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if hidden.ndim != 2 or slots.ndim != 2 or slots.shape[0] != hidden.shape[0]:
+        raise ValueError(f"steer: hidden {tuple(hidden.shape)} and slots {tuple(slots.shape)}")
+    if bank.rows.shape[1] != hidden.shape[1]:
+        raise ValueError(f"steer: width {hidden.shape[1]}, bank width {bank.rows.shape[1]}")
+    if gates is not None and gates.shape != slots.shape:
+        raise ValueError(f"steer: gates {tuple(gates.shape)} and slots {tuple(slots.shape)}")
+    h = hidden.float()
+    change = bank.rows[bank.row_of[slots]]  # [n_tokens, n_parts, d_model]
+    if has_low_rank:
+        pairs = bank.low_of[slots]  # [n_tokens, n_parts, rank]
+        coefficient = torch.einsum("tmrd,td->tmr", bank.low_b[pairs], h)
+        change = change - torch.einsum("tmrd,tmr->tmd", bank.low_a[pairs], coefficient)
+    if gates is not None:
+        change = change * gates.unsqueeze(-1)
+    steered = h + change.sum(1)
+    if has_norm:
+        asked = bank.norm[slots] if gates is None else bank.norm[slots] & (gates > 0)
+        before = h.norm(dim=-1, keepdim=True)
+        after = steered.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        steered = torch.where(asked.any(1, keepdim=True), steered * (before / after), steered)
+    return steered.to(hidden.dtype)
+
+
+def probe(
+    hidden: torch.Tensor,
+    direction: torch.Tensor,
+    *,
+    slope: torch.Tensor | float,
+    intercept: torch.Tensor | float,
+) -> torch.Tensor:
+    """Return a linear probe's probability for each token.
+
+    Args:
+        hidden: `[n_tokens, d_model]`, any floating dtype.
+        direction: `[d_model]` or one row a token `[n_tokens, d_model]`, float32.
+        slope: factor of the projection, scalar or `[n_tokens]`.
+        intercept: offset in logits, scalar or `[n_tokens]`.
+
+    Returns:
+        `sigmoid(slope * (h . direction) + intercept)`, `[n_tokens]`, float32.
+    """
+    projection = (hidden.float() * direction).sum(-1)
+    return torch.sigmoid(slope * projection + intercept)

@@ -1,0 +1,103 @@
+"""Facts about a loaded model that steering needs: identity, layers, typical hidden norms."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.steering.artifact import ModelRef
+from trimtab.steering.model.decoder import find_decoder_layers, text_config
+from trimtab.steering.model.hooks import captured
+
+# Keys of a config that do not change what the weights compute.
+_VOLATILE = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "architectures",
+    "_attn_implementation_autoset",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+}
+
+_SAMPLE = (
+    "The library opens at nine. People return books, read the papers by the window and ask for "
+    "help with forms. In winter the reading room is warm and full; in summer the children come "
+    "for stories. A small garden behind the building has two benches, an apple tree and a path "
+    "of grey stones that leads down to the river."
+)
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """What steering knows about a model.
+
+    Attributes:
+        ref: identity written into artifacts.
+        layers: the decoder layers, first to last.
+        hidden_norms: median |h| at each layer's output on plain text, `[n_layers]`, float32. The
+            first token is left out: as an attention sink its norm is far larger.
+        max_context: tokens the model can attend to.
+    """
+
+    ref: ModelRef
+    layers: tuple[nn.Module, ...]
+    hidden_norms: torch.Tensor
+    max_context: int
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return SHA-256 of the config and of every weight's name and shape."""
+    config: Any = model.config
+    facts = _lasting(config.to_dict())
+    shapes = sorted((name, list(p.shape)) for name, p in model.named_parameters())
+    text = json.dumps([facts, shapes], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _lasting(facts: Any) -> Any:
+    if isinstance(facts, dict):
+        return {k: _lasting(v) for k, v in facts.items() if k not in _VOLATILE}
+    return facts
+
+
+def profile_model(model: nn.Module, *, model_id: str, tokenizer: Any = None) -> ModelProfile:
+    """Measure a loaded model.
+
+    Args:
+        model: a causal language model in eval mode.
+        model_id: name to write into artifacts.
+        tokenizer: its tokenizer; without one, fixed token ids stand in for text.
+
+    Raises:
+        ModelLoadError: no decoder layers found.
+    """
+    layers = find_decoder_layers(model)
+    config = text_config(model)
+    ids = tokenizer(_SAMPLE)["input_ids"] if tokenizer is not None else None
+    if not ids:
+        ids = [(7 * i) % config.vocab_size for i in range(1, 48)]
+    device = next(model.parameters()).device
+    with torch.no_grad(), captured(layers, range(len(layers))) as states:
+        model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+        norms = [states[i][0, 1:].float().norm(dim=-1).median() for i in range(len(layers))]
+    return ModelProfile(
+        ref=ModelRef(
+            id=model_id,
+            fingerprint=fingerprint(model),
+            model_type=config.model_type,
+            hidden_size=config.hidden_size,
+            n_layers=len(layers),
+        ),
+        layers=tuple(layers),
+        hidden_norms=torch.stack(norms).cpu().clamp_min(1e-6),
+        max_context=int(getattr(config, "max_position_embeddings", 0) or 2048),
+    )

@@ -1,0 +1,497 @@
+"""What a request's spec compiles to: engine-independent rows, gates and a dose report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from trimtab.steering.artifact import ModelRef, VectorArtifact
+from trimtab.steering.errors import DoseError, SpecError
+from trimtab.steering.spec import AblateTerm, SteeringSpec, VectorTerm, When
+from trimtab.steering.window import Window
+
+MAX_PARTS = 4
+MAX_RANK = 8
+
+
+class VectorSource(Protocol):
+    """Where `compile_plan` finds vectors; `Store` is one."""
+
+    def vector(self, name: str, *, param: str | None = None) -> VectorArtifact:
+        """Return a vector by id or raise NotFoundError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A probe that opens or shuts a part.
+
+    Attributes:
+        probe: id of the artifact read.
+        layer: layer whose output is read, at or before the first layer the part changes.
+        direction: unit direction, `[hidden_size]`, float32.
+        slope, intercept: probability = sigmoid(slope * (h . direction) + intercept).
+        threshold: probability at which it switches.
+        above: open above the threshold if True, below it if False.
+        per_prompt: decide once from the prompt's mean hidden state, not at every token.
+    """
+
+    probe: str
+    layer: int
+    direction: torch.Tensor
+    slope: float
+    intercept: float
+    threshold: float
+    above: bool
+    per_prompt: bool
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything the gate reads."""
+        scalars = [self.layer, self.slope, self.intercept, self.threshold, self.above]
+        h = hashlib.sha256(json.dumps([*scalars, self.per_prompt]).encode())
+        h.update(self.direction.numpy().tobytes())
+        return h.hexdigest()
+
+
+@dataclass(frozen=True)
+class LayerTerm:
+    """One part's change at one layer: h + add - low_a^T (low_b h), then the norm if asked.
+
+    Attributes:
+        add: `[hidden_size]`, float32, or None.
+        low_a, low_b: `[rank, hidden_size]`, float32, or None.
+        normalize: keep the hidden state's norm.
+    """
+
+    add: torch.Tensor | None
+    low_a: torch.Tensor | None
+    low_b: torch.Tensor | None
+    normalize: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """The terms of a plan that share their tokens and gate: one slot of the bank."""
+
+    window: Window
+    gate: Gate | None
+    layers: dict[int, LayerTerm]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled spec.
+
+    Attributes:
+        parts: what to do; empty when every term has scale 0.
+        fingerprint: SHA-256 of everything that changes hidden states, for caches.
+        prompt_fingerprint: the same for what touches prompt tokens; None if nothing does, so
+            that such a plan may share the prompt's cache with unsteered requests.
+        report: the receipt's static half: terms applied, layers and relative doses, plain JSON.
+    """
+
+    parts: tuple[Part, ...]
+    fingerprint: str
+    prompt_fingerprint: str | None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """True if the prompt must be prefilled in one piece (a gate reads its mean)."""
+        return any(part.gate is not None and part.gate.per_prompt for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server allows.
+
+    Attributes:
+        max_dose: largest relative dose |change| / |h| at one layer; None allows any.
+        thinking: whether the model marks thinking spans, so `apply.thinking` can be honoured.
+    """
+
+    max_dose: float | None = 1.0
+    thinking: bool = True
+
+
+def compile_plan(
+    spec: SteeringSpec,
+    source: VectorSource,
+    *,
+    model: ModelRef,
+    hidden_norms: torch.Tensor,
+    limits: Limits,
+    path: str = "steering",
+) -> Plan:
+    """Compile a spec for one model.
+
+    Args:
+        spec: the validated request.
+        source: where ids are looked up.
+        model: the served model; vectors of another are refused.
+        hidden_norms: typical |h| at the output of each layer, `[n_layers]`, float32.
+        limits: the server's limits.
+        path: JSON path of the spec in the request, for errors.
+
+    Raises:
+        NotFoundError: an unknown id.
+        SpecError: another model's vector, wrong width, a layer out of range, a gate read too
+            late, terms that cannot be combined.
+        DoseError: the relative dose at a layer is over `limits.max_dose`.
+    """
+    builder = _Builder(source, model=model, hidden_norms=hidden_norms, limits=limits)
+    for i, term in enumerate(spec.vectors):
+        builder.add(term, default_when=spec.when, path=f"{path}.vectors[{i}]", root=path)
+    for i, ablation in enumerate(spec.ablate):
+        builder.ablate(ablation, default_when=spec.when, path=f"{path}.ablate[{i}]", root=path)
+    return builder.finish(path)
+
+
+@dataclass
+class _Draft:
+    window: Window
+    gate: Gate | None
+    add: dict[int, torch.Tensor] = field(default_factory=dict)
+    normalize: dict[int, bool] = field(default_factory=dict)
+    ablations: dict[int, list[tuple[torch.Tensor, float, float]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+
+    @property
+    def touched(self) -> set[int]:
+        return set(self.add) | set(self.ablations)
+
+
+class _Builder:
+    def __init__(
+        self,
+        source: VectorSource,
+        *,
+        model: ModelRef,
+        hidden_norms: torch.Tensor,
+        limits: Limits,
+    ) -> None:
+        self.source = source
+        self.model = model
+        self.norms = hidden_norms
+        self.limits = limits
+        self.drafts: dict[tuple[Window, str | None], _Draft] = {}
+        self.applied: list[dict[str, Any]] = []
+        # What each term adds at a layer, to name the largest when their sum is too much.
+        self.shares: dict[int, list[tuple[float, str, float]]] = defaultdict(list)
+
+    # --- terms
+
+    def add(self, term: VectorTerm, *, default_when: When | None, path: str, root: str) -> None:
+        vector = self._vector(term.id, path=path)
+        layers = self._layers(term.layers, vector, vector.default_layers, path=path)
+        draft = self._draft(term, default_when, path=path, root=root)
+        normalize = vector.normalize if term.normalize is None else term.normalize
+        doses = {}
+        for layer in layers:
+            change = vector.row(layer) * term.scale
+            if not torch.isfinite(change).all():
+                raise SpecError(
+                    f"{path}.scale {term.scale} overflows the vector.", param=f"{path}.scale"
+                )
+            doses[layer] = float(change.norm()) / float(self.norms[layer])
+            if term.scale == 0.0:
+                continue
+            if draft.normalize.setdefault(layer, normalize) != normalize:
+                raise SpecError(
+                    f"{path}.normalize is {normalize} but another term on layer {layer} with the "
+                    "same tokens says otherwise; norm preservation holds for their sum.",
+                    param=f"{path}.normalize",
+                )
+            known = draft.add.get(layer)
+            draft.add[layer] = change if known is None else known + change
+            self.shares[layer].append((doses[layer], f"{path}.scale", term.scale))
+        self._note("vector", term, vector, layers, doses=doses, normalize=normalize)
+
+    def ablate(self, term: AblateTerm, *, default_when: When | None, path: str, root: str) -> None:
+        vector = self._vector(term.id, path=path)
+        layers = self._layers(term.layers, vector, vector.layers, path=path)
+        draft = self._draft(term, default_when, path=path, root=root)
+        if term.scale < 0 or term.scale > 2:
+            raise SpecError(
+                f"{path}.scale is {term.scale}; an ablation takes 0 (nothing) to 2 (reflection).",
+                param=f"{path}.scale",
+            )
+        for layer in layers:
+            row = vector.row(layer)
+            length = float(row.norm())
+            if length == 0.0:
+                raise SpecError(
+                    f"{path}: vector {term.id!r} is zero at layer {layer}; choose other layers.",
+                    param=f"{path}.layers",
+                )
+            if term.scale:
+                entry = (row / length, term.scale, term.to * length)
+                draft.ablations[layer].append(entry)
+                dose = abs(term.scale * term.to) * length / float(self.norms[layer])
+                self.shares[layer].append((dose, f"{path}.to", term.to))
+                if len(draft.ablations[layer]) > MAX_RANK:
+                    raise SpecError(
+                        f"{path}: more than {MAX_RANK} ablations on layer {layer}.", param=path
+                    )
+        self._note("ablation", term, vector, layers, to=term.to)
+
+    def _vector(self, name: str, *, path: str) -> VectorArtifact:
+        vector = self.source.vector(name, param=f"{path}.id")
+        check_belongs(vector.model, self.model, name=name, param=f"{path}.id")
+        return vector
+
+    def _layers(
+        self,
+        asked: list[int] | None,
+        vector: VectorArtifact,
+        default: tuple[int, ...],
+        *,
+        path: str,
+    ) -> tuple[int, ...]:
+        if asked is None:
+            return default
+        n = len(self.norms)
+        for i, layer in enumerate(asked):
+            if not 0 <= layer < n:
+                raise SpecError(
+                    f"{path}.layers[{i}] is {layer}; the model has layers 0 to {n - 1}.",
+                    param=f"{path}.layers[{i}]",
+                )
+            if layer not in vector.layers:
+                raise SpecError(
+                    f"{path}.layers[{i}] is {layer}, where {vector.id!r} has no direction; it has "
+                    f"{', '.join(map(str, vector.layers))}.",
+                    param=f"{path}.layers[{i}]",
+                )
+        if len(set(asked)) != len(asked):
+            raise SpecError(f"{path}.layers names a layer twice.", param=f"{path}.layers")
+        return tuple(sorted(asked))
+
+    def _draft(
+        self,
+        term: VectorTerm | AblateTerm,
+        default_when: When | None,
+        *,
+        path: str,
+        root: str,
+    ) -> _Draft:
+        window = Window.of(term.apply)
+        if window.empty:
+            raise SpecError(
+                f"{path}.apply selects no token; nothing would be steered.", param=f"{path}.apply"
+            )
+        if term.apply.thinking is not None and not self.limits.thinking:
+            raise SpecError(
+                f"{path}.apply.thinking: this model marks no thinking span; leave the field out.",
+                param=f"{path}.apply.thinking",
+            )
+        when, where = (
+            (term.when, f"{path}.when") if term.when is not None else (default_when, f"{root}.when")
+        )
+        gate = None if when is None else self._gate(when, path=where)
+        key = (window, None if gate is None else gate.digest)
+        if key not in self.drafts:
+            if len(self.drafts) == MAX_PARTS:
+                raise SpecError(
+                    f"{path} would need more than {MAX_PARTS} different combinations of `apply` "
+                    "and `when` in one request.",
+                    param=path,
+                )
+            self.drafts[key] = _Draft(window, gate)
+        return self.drafts[key]
+
+    def _gate(self, when: When, *, path: str) -> Gate:
+        vector = self.source.vector(when.probe, param=f"{path}.probe")
+        check_belongs(vector.model, self.model, name=when.probe, param=f"{path}.probe")
+        if vector.probe is None or vector.probe_layer is None:
+            raise SpecError(
+                f"{path}.probe: vector {when.probe!r} carries no fitted probe (an imported vector "
+                "has none); build it with `trimtab vectors build`.",
+                param=f"{path}.probe",
+            )
+        layer = vector.probe_layer if when.layer is None else when.layer
+        if layer not in vector.layers:
+            raise SpecError(
+                f"{path}.layer is {layer}; {when.probe!r} has {listed_layers(vector.layers)}.",
+                param=f"{path}.layer",
+            )
+        slope, intercept = (float(x) for x in vector.probe[vector.layers.index(layer)])
+        row = vector.row(layer)
+        threshold = when.above if when.above is not None else when.below
+        assert threshold is not None  # the spec has exactly one
+        return Gate(
+            probe=when.probe,
+            layer=layer,
+            direction=row / row.norm(),
+            slope=slope,
+            intercept=intercept,
+            threshold=threshold,
+            above=when.above is not None,
+            per_prompt=when.per == "prompt",
+        )
+
+    # --- the whole
+
+    def _note(
+        self,
+        kind: str,
+        term: VectorTerm | AblateTerm,
+        vector: VectorArtifact,
+        layers: tuple[int, ...],
+        *,
+        doses: dict[int, float] | None = None,
+        **more: Any,
+    ) -> None:
+        entry: dict[str, Any] = {
+            "kind": kind,
+            "id": term.id,
+            "scale": term.scale,
+            "layers": list(layers),
+            "digest": vector.digest[:16],
+            **more,
+        }
+        if doses is not None:
+            entry["dose"] = {str(layer): round(dose, 6) for layer, dose in doses.items()}
+        self.applied.append(entry)
+
+    def finish(self, path: str) -> Plan:
+        parts = tuple(
+            part for draft in self.drafts.values() if (part := _part(draft, path)) is not None
+        )
+        layers = sorted({layer for part in parts for layer in part.layers})
+        doses = {layer: dose_at(parts, layer, self.norms) for layer in layers}
+        self._check_dose(doses)
+        touching_prompt = [part.digest for part in parts if part.window.prompt]
+        return Plan(
+            parts=parts,
+            fingerprint=_hash([part.digest for part in parts]),
+            prompt_fingerprint=_hash(touching_prompt) if touching_prompt else None,
+            report={
+                "applied": self.applied,
+                "layers": layers,
+                "dose": {str(layer): round(dose, 6) for layer, dose in doses.items()},
+            },
+        )
+
+    def _check_dose(self, doses: dict[int, float]) -> None:
+        limit = self.limits.max_dose
+        for layer, dose in doses.items():
+            if limit is not None and dose > limit:
+                _, param, value = max(self.shares[layer])
+                raise DoseError(
+                    f"{param} {value:g} brings the relative dose |change| / |h| at layer {layer} "
+                    f"to {dose:.2f}; this server allows {limit:.2f}. Lower it, or start the "
+                    "server with a higher --max-dose.",
+                    param=param,
+                )
+
+
+def dose_at(parts: tuple[Part, ...], layer: int, norms: torch.Tensor) -> float:
+    """Return the largest relative dose |change| / |h| of a layer over the phases of a request.
+
+    Gates count as open. Only the additive part counts: ablation is bounded by h itself.
+    """
+    worst = 0.0
+    for phase in ("prompt", "generation", "thinking"):
+        rows = [
+            term.add
+            for part in parts
+            if getattr(part.window, phase)
+            and (term := part.layers.get(layer)) is not None
+            and term.add is not None
+        ]
+        if rows:
+            worst = max(worst, float(torch.stack(rows).sum(0).norm()) / float(norms[layer]))
+    return worst
+
+
+def additive_plan(rows: dict[int, torch.Tensor], *, normalize: bool = False) -> Plan:
+    """Return a plan that adds one row a layer to every token, without a store or limits.
+
+    Builders and calibration use it; requests go through `compile_plan`.
+
+    Args:
+        rows: layer -> `[hidden_size]`, float32.
+        normalize: keep the hidden states' norms.
+    """
+    draft = _Draft(Window(), None, add=dict(rows), normalize=dict.fromkeys(rows, normalize))
+    part = _part(draft, "steering")
+    parts = () if part is None else (part,)
+    fingerprint = _hash([p.digest for p in parts])
+    return Plan(parts, fingerprint, fingerprint if parts else None)
+
+
+def check_belongs(own: ModelRef, served: ModelRef, *, name: str, param: str | None) -> None:
+    """Refuse an artifact of another model.
+
+    Raises:
+        SpecError: width, layer count, architecture or fingerprint differ; the message says which.
+    """
+    if own.hidden_size != served.hidden_size:
+        raise SpecError(
+            f"Vector {name!r} has width {own.hidden_size}, the model {served.id!r} has "
+            f"{served.hidden_size}: it was built for {own.id!r}.",
+            param=param,
+        )
+    if own.fingerprint is not None and own.fingerprint != served.fingerprint:
+        raise SpecError(
+            f"Vector {name!r} was built for another model, {own.id!r}; this is {served.id!r}. "
+            "Build it again with `trimtab vectors build`.",
+            param=param,
+        )
+    if own.model_type != served.model_type:
+        raise SpecError(
+            f"Vector {name!r} was built for a {own.model_type!r} model; {served.id!r} is a "
+            f"{served.model_type!r}.",
+            param=param,
+        )
+
+
+def listed_layers(layers: tuple[int, ...]) -> str:
+    """Return layers for a message: "layers 0, 1, 2"."""
+    return "layers " + ", ".join(map(str, layers))
+
+
+def _part(draft: _Draft, path: str) -> Part | None:
+    layers: dict[int, LayerTerm] = {}
+    for layer in sorted(draft.touched):
+        add, low_a, low_b = draft.add.get(layer), None, None
+        if draft.ablations[layer]:
+            units, shares, targets = (list(x) for x in zip(*draft.ablations[layer], strict=True))
+            basis = torch.stack(units)  # [rank, hidden_size]
+            # The pseudo-inverse makes several full ablations remove the whole span, also when
+            # the directions are not orthogonal; for one direction it is the direction itself.
+            low_b = torch.linalg.pinv(basis.double()).T.float().contiguous()
+            low_a = basis * torch.tensor(shares).unsqueeze(1)
+            offset = (basis * (torch.tensor(shares) * torch.tensor(targets)).unsqueeze(1)).sum(0)
+            if bool(offset.any()):
+                add = offset if add is None else add + offset
+        layers[layer] = LayerTerm(add, low_a, low_b, draft.normalize.get(layer, False))
+    if not layers:
+        return None
+    gate = draft.gate
+    if gate is not None and gate.layer > min(layers):
+        raise SpecError(
+            f"{path}.when reads layer {gate.layer}, after layer {min(layers)} which it should "
+            "gate; set `when.layer` to an earlier layer or steer later layers.",
+            param=f"{path}.when",
+        )
+    window = draft.window
+    h = hashlib.sha256(repr((window, None if gate is None else gate.digest)).encode())
+    for layer, term in layers.items():
+        h.update(repr((layer, term.normalize)).encode())
+        for tensor in (term.add, term.low_a, term.low_b):
+            h.update(b"-" if tensor is None else tensor.contiguous().numpy().tobytes())
+    return Part(window=window, gate=gate, layers=layers, digest=h.hexdigest())
+
+
+def _hash(parts: list[str]) -> str:
+    return hashlib.sha256("".join(sorted(parts)).encode()).hexdigest()

@@ -1,0 +1,238 @@
+"""What a request may ask for: the `steering` field of the wire, validated.
+
+A spec is an object, or a string such as `"0.8 honest - 0.3 formal"` for the common case. Unknown
+fields, non-finite numbers, doubled aliases and oversized lists are refused with the JSON path.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trimtab.steering.errors import SpecError, did_you_mean, listed
+
+MAX_TERMS = 64
+SCALE_ALIASES = ("strength", "alpha", "coeff", "coefficient", "multiplier")
+ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+ArtifactId = Annotated[str, Field(pattern=ID_PATTERN, description="Name of a stored artifact")]
+Scale = Annotated[float, Field(allow_inf_nan=False)]
+Layers = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1, max_length=512)]
+Count = Annotated[int, Field(ge=0, le=1_000_000, strict=True)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Apply(_Strict):
+    """Which tokens a term touches. All true by default; `thinking` follows `generation`."""
+
+    prompt: bool = Field(True, description="Tokens of the prompt")
+    generation: bool = Field(True, description="Generated tokens outside the thinking span")
+    thinking: bool | None = Field(
+        None, description="Generated tokens inside <think>...</think>; null follows `generation`"
+    )
+    first: Count | None = Field(None, description="Only the first n generated tokens")
+    after: Count | None = Field(None, description="Only generated tokens after the first n")
+
+
+class When(_Strict):
+    """A gate: apply only where (or if) a probe's probability is above or below a threshold."""
+
+    probe: ArtifactId
+    above: Annotated[float, Field(ge=0, le=1)] | None = None
+    below: Annotated[float, Field(ge=0, le=1)] | None = None
+    layer: Annotated[int, Field(strict=True)] | None = Field(
+        None, description="Layer the probe reads; null takes the artifact's best layer"
+    )
+    per: Literal["token", "prompt"] = Field(
+        "token",
+        description="`token` decides at every token; `prompt` decides once, on the prompt's mean",
+    )
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> When:
+        if (self.above is None) == (self.below is None):
+            raise ValueError("a gate needs exactly one of `above` and `below`")
+        return self
+
+
+class _Term(_Strict):
+    @model_validator(mode="before")
+    @classmethod
+    def _aliases(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        given = [name for name in ("scale", *SCALE_ALIASES) if name in value]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]!r} is an alias of {given[0]!r}; give only one of them")
+        if given and given[0] != "scale":
+            value = {("scale" if k == given[0] else k): v for k, v in value.items()}
+        return value
+
+
+class VectorTerm(_Term):
+    """Add a stored vector. Scale 1.0 is the vector's calibrated unit; negative pushes away."""
+
+    id: ArtifactId
+    scale: Scale = 1.0
+    layers: Layers | None = Field(None, description="0-based layers; null takes the calibrated")
+    apply: Apply = Apply()
+    normalize: bool | None = Field(
+        None, description="Keep the hidden state's norm; null takes the vector's own setting"
+    )
+    when: When | None = Field(None, description="This term's gate; null takes the request's")
+
+
+class AblateTerm(_Term):
+    """Remove a direction from the hidden state, or set its component to a value."""
+
+    id: ArtifactId
+    scale: Scale = Field(1.0, description="Share removed: 1 removes all, 2 reflects")
+    to: Scale = Field(0.0, description="Set the component to this many calibrated units")
+    layers: Layers | None = Field(None, description="0-based layers; null takes all it has")
+    apply: Apply = Apply()
+    when: When | None = None
+
+
+class SteeringSpec(_Strict):
+    """A request's steering: vectors to add, directions to ablate, an optional gate for all."""
+
+    vectors: Annotated[list[VectorTerm], Field(max_length=MAX_TERMS)] = []
+    ablate: Annotated[list[AblateTerm], Field(max_length=MAX_TERMS)] = []
+    when: When | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> SteeringSpec:
+        if not self.vectors and not self.ablate:
+            raise ValueError(
+                "the steering spec is empty; name at least one vector or ablation, "
+                "or leave the field out"
+            )
+        return self
+
+
+def parse_spec(value: Any, *, path: str = "steering") -> SteeringSpec:
+    """Read a spec from JSON-like data or from the string form.
+
+    Args:
+        value: a dict, a string expression, or a `SteeringSpec`.
+        path: JSON path of the value, put before the field's own in errors.
+
+    Raises:
+        SpecError: with `param` the JSON path of the first field at fault.
+    """
+    if isinstance(value, SteeringSpec):
+        return value
+    if isinstance(value, str):
+        if value.lstrip().startswith("{"):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise SpecError(f"{path} is not valid JSON: {error}.", param=path) from None
+        else:
+            return parse_expression(value, path=path)
+    if isinstance(value, list):
+        raise SpecError(
+            f"{path} is a list; give an object like "
+            '{"vectors": [{"id": "warm", "scale": 1.0}]} or a string like "1.0 warm".',
+            param=path,
+        )
+    if not isinstance(value, dict):
+        raise SpecError(
+            f"{path} must be an object or a string, not {type(value).__name__}.", param=path
+        )
+    for kind in ("vectors", "ablate"):
+        terms = value.get(kind)
+        if isinstance(terms, list) and len(terms) > MAX_TERMS:
+            raise SpecError(
+                f"{path}.{kind} has {len(terms)} terms; at most {MAX_TERMS} are allowed.",
+                param=f"{path}.{kind}",
+            )
+    try:
+        return SteeringSpec.model_validate(value)
+    except ValidationError as error:
+        raise _spec_error(error, path=path) from None
+
+
+_TERM = re.compile(
+    r"""\s*(?P<sign>[+-])?\s*
+        (?:(?P<scale>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*?\s+|(?P<tight>\d+\.?\d*|\.\d+)\*)?
+        (?P<id>[A-Za-z][A-Za-z0-9._-]*)""",
+    re.VERBOSE,
+)
+
+
+def parse_expression(text: str, *, path: str = "steering") -> SteeringSpec:
+    """Read the string form: signed, optionally scaled ids, as in `"0.8 honest - 0.3 formal"`.
+
+    Raises:
+        SpecError: naming the place in the text where reading stopped.
+    """
+    if not text.strip():
+        raise SpecError(f"{path} is an empty string; name at least one vector.", param=path)
+    terms: list[dict[str, Any]] = []
+    at = 0
+    while at < len(text.rstrip()):
+        found = _TERM.match(text, at)
+        if found is None or (terms and found["sign"] is None):
+            raise SpecError(
+                f"{path} could not be read at {text[at : at + 20]!r}; write terms such as "
+                '"0.8 honest - 0.3 formal".',
+                param=path,
+            )
+        scale = float(found["scale"] or found["tight"] or 1.0)
+        terms.append({"id": found["id"], "scale": -scale if found["sign"] == "-" else scale})
+        at = found.end()
+        if len(terms) > MAX_TERMS:
+            raise SpecError(f"{path} has more than {MAX_TERMS} terms.", param=path)
+    try:
+        return SteeringSpec.model_validate({"vectors": terms})
+    except ValidationError as error:
+        raise _spec_error(error, path=path) from None
+
+
+def json_path(location: tuple[Any, ...], *, root: str) -> str:
+    """Return `root.vectors[0].scale` for a pydantic error location."""
+    path = root
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+def _spec_error(error: ValidationError, *, path: str) -> SpecError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    location = tuple(
+        part for part in first["loc"] if not (isinstance(part, str) and "[" in part)
+    )
+    param = json_path(location, root=path)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        name = str(location[-1])
+        return SpecError(
+            f"{param} is not a known field.{did_you_mean(name, known)} Known: {listed(known)}.",
+            param=param,
+        )
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "finite_number":
+        reason = f"must be a finite number, got {first['input']!r}"
+    elif first["type"] == "string_pattern_mismatch":
+        shown = str(first["input"])[:80]
+        reason = f"must be letters, digits, '.', '_' and '-' (at most 64), got {shown!r}"
+    return SpecError(f"{param}: {reason}.".replace("..", "."), param=param)
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    names = [part for part in location if isinstance(part, str)]
+    models: dict[str, type[BaseModel]] = {
+        "vectors": VectorTerm,
+        "ablate": AblateTerm,
+        "apply": Apply,
+        "when": When,
+    }
+    model = models.get(names[-1], SteeringSpec) if names else SteeringSpec
+    return list(model.model_fields)

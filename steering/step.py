@@ -1,0 +1,199 @@
+"""One forward pass's steering: which token belongs to which slot, at which layers, gates included.
+
+An engine describes its batch as spans, one a request; everything else is derived here. The same
+step serves prefill chunks, decoding rows and whole sequences, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from trimtab.kernels import probe, steer
+from trimtab.steering.bank import Bank, Lease
+from trimtab.steering.plan import Gate
+
+
+@dataclass
+class SteeredRequest:
+    """A request's lease with what its gates have decided so far.
+
+    Attributes:
+        lease: its slots.
+        n_prompt: length of its prompt in tokens.
+        latched: decision of each per-prompt gate, by part index.
+        n_steered: tokens changed so far (gate open and inside the window).
+        n_considered: tokens inside a window so far, open or not.
+    """
+
+    lease: Lease
+    n_prompt: int
+    latched: dict[int, float] = field(default_factory=dict)
+    n_steered: int = 0
+    n_considered: int = 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of one request in a forward pass.
+
+    Attributes:
+        n_tokens: how many.
+        start: absolute position of the first.
+        request: its steering; None leaves the tokens alone.
+        thinking: whether each token lies in a thinking span, `[n_tokens]`, bool; None means no.
+    """
+
+    n_tokens: int
+    start: int = 0
+    request: SteeredRequest | None = None
+    thinking: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class _LayerWork:
+    index: torch.Tensor | None  # tokens touched here, [n]; None means all
+    slots: torch.Tensor  # [n, n_parts]
+    has_low_rank: bool
+    has_norm: bool
+
+
+@dataclass(frozen=True)
+class _Reading:
+    gate: Gate
+    tokens: slice
+    part: int
+    request: SteeredRequest
+    direction: torch.Tensor
+
+
+class SteerStep:
+    """The steering of one forward pass over `n_tokens` flattened tokens."""
+
+    def __init__(self, bank: Bank, spans: Sequence[Span]) -> None:
+        n_tokens = sum(span.n_tokens for span in spans)
+        n_parts = max((len(s.request.lease.slots) for s in spans if s.request), default=0)
+        self.bank = bank
+        self.n_tokens = n_tokens
+        self._requests: list[tuple[slice, SteeredRequest]] = []
+        self._readings: dict[int, list[_Reading]] = {}
+        self._slots = np.zeros((n_tokens, n_parts), dtype=np.int64)
+        gates: np.ndarray | None = None
+        at = 0
+        for span in spans:
+            tokens = slice(at, at + span.n_tokens)
+            at += span.n_tokens
+            request = span.request
+            if request is None or not request.lease.slots:
+                continue
+            self._requests.append((tokens, request))
+            positions = np.arange(span.start, span.start + span.n_tokens)
+            for m, (part, slot) in enumerate(
+                zip(request.lease.plan.parts, request.lease.slots, strict=True)
+            ):
+                inside = part.window.select(
+                    positions, n_prompt=request.n_prompt, thinking=span.thinking
+                )
+                self._slots[tokens, m] = np.where(inside, slot, 0)
+                if part.gate is None:
+                    continue
+                if gates is None:
+                    gates = np.ones((n_tokens, n_parts), dtype=np.float32)
+                if m in request.latched:
+                    gates[tokens, m] = request.latched[m]
+                elif part.gate.per_prompt or inside.any():
+                    self._read(part.gate, tokens, m, request, span)
+        self._layers = self._plan_layers()
+        self._gates = None if gates is None else torch.from_numpy(gates).to(bank.device)
+
+    def _read(
+        self, gate: Gate, tokens: slice, part: int, request: SteeredRequest, span: Span
+    ) -> None:
+        if gate.per_prompt:
+            if span.start != 0 or span.n_tokens < request.n_prompt:
+                raise ValueError("a per-prompt gate needs the whole prompt in one forward pass")
+            tokens = slice(tokens.start, tokens.start + request.n_prompt)
+        direction = gate.direction.to(self.bank.device)
+        reading = _Reading(gate, tokens, part, request, direction)
+        self._readings.setdefault(gate.layer, []).append(reading)
+
+    def _plan_layers(self) -> dict[int, _LayerWork]:
+        bank, slots = self.bank, self._slots
+        work: dict[int, _LayerWork] = {}
+        touched = bank.touches[:, slots].any(-1)  # [n_layers, n_tokens]
+        for layer in np.flatnonzero(touched.any(1)).tolist():
+            tokens = np.flatnonzero(touched[layer])
+            mine = slots[tokens]
+            whole = len(tokens) == self.n_tokens
+            work[layer] = _LayerWork(
+                index=None if whole else torch.from_numpy(tokens).to(bank.device),
+                slots=torch.from_numpy(mine).to(bank.device),
+                has_low_rank=bool(bank.has_low_rank[layer, mine].any()),
+                has_norm=bool(bank.has_norm[layer, mine].any()),
+            )
+        return work
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers whose output must pass through `apply`, ascending."""
+        return sorted(set(self._layers) | set(self._readings))
+
+    def apply(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return a layer's steered output; the input is not changed.
+
+        Args:
+            layer: decoder layer.
+            hidden: its output, `[n_tokens, d_model]`.
+        """
+        if hidden.shape[0] != self.n_tokens:
+            raise ValueError(f"step of {self.n_tokens} tokens got hidden {tuple(hidden.shape)}")
+        for reading in self._readings.get(layer, ()):
+            self._decide(reading, hidden)
+        work = self._layers.get(layer)
+        if work is None:
+            return hidden
+        gates = self._gates
+        if gates is not None and work.index is not None:
+            gates = gates[work.index]
+        steered = steer(
+            hidden if work.index is None else hidden[work.index],
+            work.slots,
+            bank=self.bank.layer(layer),
+            gates=gates,
+            has_low_rank=work.has_low_rank,
+            has_norm=work.has_norm,
+        )
+        return steered if work.index is None else hidden.index_copy(0, work.index, steered)
+
+    def _decide(self, reading: _Reading, hidden: torch.Tensor) -> None:
+        gate = reading.gate
+        states = hidden[reading.tokens]
+        if gate.per_prompt:
+            # The first position is an attention sink with a norm of its own; leave it out.
+            states = (states[1:] if len(states) > 1 else states).float().mean(0, keepdim=True)
+        score = probe(
+            states, reading.direction, slope=gate.slope, intercept=gate.intercept
+        )
+        is_open = score > gate.threshold if gate.above else score < gate.threshold
+        assert self._gates is not None
+        if gate.per_prompt:
+            value = float(is_open)
+            reading.request.latched[reading.part] = value
+            for tokens, request in self._requests:
+                if request is reading.request:
+                    self._gates[tokens, reading.part] = value
+        else:
+            self._gates[reading.tokens, reading.part] = is_open.float()
+
+    def finish(self) -> None:
+        """Count the steered tokens into each request, after the forward pass."""
+        inside = self._slots > 0
+        opened = inside
+        if self._gates is not None:
+            opened = inside & (self._gates > 0).cpu().numpy()
+        for tokens, request in self._requests:
+            request.n_considered += int(inside[tokens].any(1).sum())
+            request.n_steered += int(opened[tokens].any(1).sum())
