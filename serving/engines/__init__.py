@@ -1,0 +1,1 @@
+"""Engines: how a model is run and steered, behind one contract."""

@@ -1,0 +1,361 @@
+"""The embedded engine: any decoder-only Hugging Face model, batched continuously, on one thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from trimtab.serving.detokenizer import Detokenizer, TokenText
+from trimtab.serving.engines.base import (
+    ContextLengthError,
+    Delta,
+    EngineError,
+    EngineInfo,
+    EngineStats,
+    OverloadedError,
+    Request,
+)
+from trimtab.serving.engines.transformers.batcher import Batcher
+from trimtab.serving.engines.transformers.kv import KVRows, bytes_per_token
+from trimtab.serving.engines.transformers.runner import (
+    PackedRunner,
+    Runner,
+    SoloRunner,
+    packing_problem,
+)
+from trimtab.serving.engines.transformers.sampler import SamplerState
+from trimtab.serving.engines.transformers.sequence import Sequence, ThinkingMarks
+from trimtab.steering.bank import Bank
+from trimtab.steering.model.decoder import text_config
+from trimtab.steering.model.loading import LoadedModel
+from trimtab.steering.model.profile import ModelProfile, profile_model
+
+logger = logging.getLogger(__name__)
+
+# Share of free memory the cache may reserve when no size is given.
+_CACHE_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Size of the embedded engine.
+
+    Attributes:
+        max_concurrent: sequences that run at once.
+        max_queue: sequences that may wait; more are refused with 429.
+        max_slots: live distinct steering parts.
+        cache_bytes: memory for keys and values; None takes 30 % of what is free.
+    """
+
+    max_concurrent: int = 32
+    max_queue: int = 256
+    max_slots: int = 256
+    cache_bytes: int | None = None
+
+
+class TransformersEngine:
+    """Serves a model loaded by transformers.
+
+    The model runs on a thread of its own; the event loop only queues requests and hands out
+    deltas. See `Engine` for the contract.
+
+    Args:
+        load: loads the model; called on the engine's thread by `start`.
+        config: sizes.
+    """
+
+    def __init__(
+        self, load: Callable[[], LoadedModel], *, config: EngineConfig | None = None
+    ) -> None:
+        self._load = load
+        self.config = config or EngineConfig()
+        self._info: EngineInfo | None = None
+        self._batcher: Batcher | None = None
+        self._marks: ThinkingMarks | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._outbox: list[tuple[_Stream, Delta | Exception]] = []
+        self.loaded: LoadedModel | None = None
+        self.profile: ModelProfile | None = None
+        self.bank: Bank | None = None
+
+    # --- contract
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the model; valid once `start` has returned."""
+        if self._info is None:
+            raise EngineError("The engine is still loading.")
+        return self._info
+
+    async def start(self) -> None:
+        """Load the model on the engine's thread and begin serving.
+
+        Raises:
+            ModelLoadError: the model cannot be loaded or steered.
+        """
+        self._loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(
+            target=self._serve, args=(ready,), name="trimtab-engine", daemon=True
+        )
+        self._thread.start()
+        await ready
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that could never run.
+
+        Raises:
+            ContextLengthError: prompt plus max_tokens exceed the context.
+            SpecError: the plan can never fit the bank.
+        """
+        n, most = len(request.prompt_ids), self.info.max_context
+        if n + max(request.sampling.max_tokens, 1) > most:
+            raise ContextLengthError(
+                f"The prompt has {n} tokens and max_tokens is {request.sampling.max_tokens}; "
+                f"together they may be {most} at most.",
+                param="max_tokens" if n < most else "messages",
+            )
+        if request.plan is not None and self.bank is not None:
+            self.bank.check_fits(request.plan)
+
+    def generate(self, *requests: Request) -> list[AsyncIterator[Delta]]:
+        """Queue requests together, all or none.
+
+        Raises:
+            OverloadedError: the queue has no room for all of them.
+            EngineError: the engine is not running.
+        """
+        batcher = self._batcher
+        if batcher is None or self._stopping:
+            raise EngineError("The engine is not running.")
+        room = self.config.max_queue + self.config.max_concurrent
+        load = len(batcher.waiting) + len(batcher.running)
+        if load + len(requests) > room:
+            raise OverloadedError(
+                f"{load} sequences run or wait and at most {room} may; try again shortly.",
+                retry_after_s=max(1, load // max(1, self.config.max_concurrent)),
+            )
+        streams = [_Stream(self._cancel) for _ in requests]
+        sequences = []
+        for request, stream in zip(requests, streams, strict=True):
+            self.check(request)
+            sequences.append(self._sequence(request, stream))
+        batcher.submit(sequences)
+        with self._wake:
+            self._wake.notify()
+        return list(streams)
+
+    def stats(self) -> EngineStats:
+        """Return the load now."""
+        batcher, bank = self._batcher, self.bank
+        if batcher is None or bank is None:
+            return EngineStats(0, 0, 0, 0, 0)
+        return EngineStats(
+            running=len(batcher.running),
+            waiting=len(batcher.waiting),
+            slots_used=bank.n_live,
+            slots_total=bank.max_slots,
+            steps=batcher.n_steps,
+        )
+
+    async def stop(self) -> None:
+        """Cancel what runs, end the thread and free the model."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+        self.loaded = self.profile = self.bank = self._batcher = None
+
+    # --- engine thread
+
+    def _serve(self, ready: asyncio.Future[None]) -> None:
+        assert self._loop is not None
+        try:
+            with torch.inference_mode():
+                self._prepare()
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(ready.set_exception, error)
+            return
+        self._loop.call_soon_threadsafe(ready.set_result, None)
+        batcher = self._batcher
+        assert batcher is not None
+        with torch.inference_mode():
+            while True:
+                with self._wake:
+                    while not self._stopping and not batcher.has_work():
+                        self._wake.wait()
+                if self._stopping:
+                    break
+                batcher.step()
+                self._deliver()
+            batcher.clear()
+            self._deliver()
+
+    def _prepare(self) -> None:
+        loaded = self._load()
+        profile = profile_model(loaded.model, model_id=loaded.id, tokenizer=loaded.tokenizer)
+        bank = Bank(
+            n_layers=len(profile.layers),
+            hidden_size=profile.ref.hidden_size,
+            device=loaded.device,
+            max_slots=self.config.max_slots,
+        )
+        choices = dict(loaded.reasons)
+        runner, max_context = self._runner(loaded, profile, bank, choices)
+        ends = _end_ids(loaded)
+        self._marks = _thinking_marks(loaded.tokenizer)
+        self._batcher = Batcher(
+            runner,
+            bank=bank,
+            n_rows=self.config.max_concurrent,
+            end_ids=ends,
+            text=TokenText(loaded.tokenizer),
+            fail=lambda sequence, error: sequence.emit(error),  # type: ignore[arg-type]
+        )
+        self.loaded, self.profile, self.bank = loaded, profile, bank
+        self._info = EngineInfo(
+            model=profile.ref,
+            tokenizer=loaded.tokenizer,
+            hidden_norms=profile.hidden_norms,
+            max_context=max_context,
+            has_thinking=self._marks is not None,
+            choices=choices,
+        )
+
+    def _runner(
+        self,
+        loaded: LoadedModel,
+        profile: ModelProfile,
+        bank: Bank,
+        choices: dict[str, str],
+    ) -> tuple[Runner, int]:
+        config = text_config(loaded.model)
+        n_rows = self.config.max_concurrent
+        budget = self.config.cache_bytes or int(_CACHE_SHARE * _free_memory(loaded.device))
+        per_token = bytes_per_token(config, loaded.dtype)
+        fits = max(256, budget // (per_token * n_rows))
+        context = min(profile.max_context, fits)
+        kv = KVRows(n_rows=n_rows, max_tokens=context)
+        packed = PackedRunner(loaded.model, profile.layers, bank=bank, kv=kv)
+        problem = packing_problem(packed)
+        if problem is None:
+            choices["batching"] = (
+                f"packed: up to {n_rows} sequences in one forward pass; checked against the "
+                "model's own logits"
+            )
+            choices["context"] = f"{context} tokens a sequence" + (
+                "" if context == profile.max_context else
+                f" of the model's {profile.max_context}: what {budget / 2**30:.1f} GiB of cache "
+                f"allow {n_rows} sequences"
+            )
+            return packed, context
+        choices["batching"] = f"one sequence at a time: {problem}"
+        choices["context"] = f"{profile.max_context} tokens a sequence"
+        return SoloRunner(loaded.model, profile.layers, bank=bank), profile.max_context
+
+    def _sequence(self, request: Request, stream: _Stream) -> Sequence:
+        def emit(item: Delta | Exception) -> None:
+            self._outbox.append((stream, item))
+
+        tokenizer = self.info.tokenizer
+        sequence = Sequence(
+            request,
+            emit,
+            Detokenizer(tokenizer, stop=request.sampling.stop),
+            SamplerState.of(request.sampling, request.prompt_ids),
+            self._marks,
+        )
+        stream.sequence = sequence
+        return sequence
+
+    def _deliver(self) -> None:
+        """Hand a step's deltas to the event loop in one call."""
+        if not self._outbox:
+            return
+        outbox, self._outbox = self._outbox, []
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(_hand_out, outbox)
+        except RuntimeError:
+            logger.debug("the event loop is gone; %d deltas dropped", len(outbox))
+
+    def _cancel(self, sequence: Sequence) -> None:
+        sequence.cancelled = True
+        with self._wake:
+            self._wake.notify()
+
+
+class _Stream:
+    """One request's deltas on the event loop. Leaving it before its end cancels the request."""
+
+    def __init__(self, cancel: Callable[[Sequence], None]) -> None:
+        self._cancel = cancel
+        self._queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self._is_over = False
+        self.sequence: Sequence | None = None
+
+    def put(self, item: Delta | Exception) -> None:
+        self._queue.put_nowait(item)
+
+    def __aiter__(self) -> _Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._is_over:
+            raise StopAsyncIteration
+        try:
+            item = await self._queue.get()
+        except BaseException:
+            await self.aclose()
+            raise
+        if isinstance(item, Exception):
+            self._is_over = True
+            raise item
+        if item.finish_reason is not None:
+            self._is_over = True
+        return item
+
+    async def aclose(self) -> None:
+        """Cancel the request unless it has ended."""
+        if not self._is_over:
+            self._is_over = True
+            if self.sequence is not None:
+                self._cancel(self.sequence)
+
+
+def _hand_out(outbox: list[tuple[_Stream, Delta | Exception]]) -> None:
+    for stream, item in outbox:
+        stream.put(item)
+
+
+def _end_ids(loaded: LoadedModel) -> frozenset[int]:
+    generation = getattr(loaded.model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    ids = {ends} if isinstance(ends, int) else set(ends or ())
+    own = getattr(loaded.tokenizer, "eos_token_id", None)
+    return frozenset(ids | ({own} if isinstance(own, int) else set()))
+
+
+def _thinking_marks(tokenizer: Any) -> ThinkingMarks | None:
+    vocab = tokenizer.get_vocab()
+    if "<think>" in vocab and "</think>" in vocab:
+        return ThinkingMarks(vocab["<think>"], vocab["</think>"])
+    return None
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,141 @@
+"""One running request: its tokens, its place in the cache and what it has said so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from trimtab.serving.detokenizer import Detokenizer
+from trimtab.serving.engines.base import Delta, FinishReason, Request, TokenLogprobs
+from trimtab.serving.engines.transformers.runner import Chunk
+from trimtab.serving.engines.transformers.sampler import SamplerState
+from trimtab.steering.bank import Lease
+from trimtab.steering.step import Span, SteeredRequest
+
+
+@dataclass(frozen=True)
+class ThinkingMarks:
+    """Token ids that open and close a thinking span."""
+
+    open: int
+    close: int
+
+
+@dataclass
+class Sequence:
+    """A request from admission to its end.
+
+    Attributes:
+        request: what was asked.
+        emit: takes each delta; called on the engine's thread.
+        detokenizer: turns its tokens into text.
+        sampler: chooses its tokens.
+        marks: the model's thinking marks, None if it has none.
+        row: place in the cache while running.
+        lease: its steering in the bank while running.
+        done: tokens already in the cache.
+    """
+
+    request: Request
+    emit: Callable[[Delta], None]
+    detokenizer: Detokenizer
+    sampler: SamplerState
+    marks: ThinkingMarks | None = None
+    row: int = -1
+    lease: Lease | None = None
+    steered: SteeredRequest | None = None
+    done: int = 0
+    cancelled: bool = False
+    ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    _is_thinking: bool = False
+    _thinking_at: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ids = list(self.request.prompt_ids)
+        for token in self.ids if self.marks is not None else ():
+            self._mark(token)
+
+    @property
+    def n_prompt(self) -> int:
+        """Length of the prompt in tokens."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def n_generated(self) -> int:
+        """Tokens chosen so far."""
+        return len(self.ids) - self.n_prompt
+
+    @property
+    def is_decoding(self) -> bool:
+        """True once the whole prompt is in the cache."""
+        return self.done >= self.n_prompt
+
+    def hold(self, row: int, lease: Lease | None) -> None:
+        """Take a place in the batch."""
+        self.row = row
+        self.lease = lease
+        if lease is not None:
+            self.steered = SteeredRequest(lease, self.n_prompt)
+
+    def chunk(self, budget: int) -> Chunk:
+        """Return its next tokens to run, at most `budget` of them."""
+        pending = self.ids[self.done : self.done + budget]
+        n = len(pending)
+        wants_all = self.request.sampling.prompt_logprobs is not None and not self.is_decoding
+        reaches_end = self.done + n == len(self.ids)
+        span = Span(n, self.done, self.steered, self._thinking(self.done, n))
+        return Chunk(
+            row=self.row,
+            ids=pending,
+            start=self.done,
+            span=span,
+            n_logits=n if wants_all else int(reaches_end),
+        )
+
+    def accept(self, token_id: int) -> None:
+        """Append a chosen token."""
+        self.ids.append(token_id)
+        self.sampler.record(token_id)
+        if self.marks is not None:
+            self._thinking_at.append(self._is_thinking or token_id == self.marks.open)
+            self._mark(token_id)
+
+    def receipt(self) -> dict[str, Any] | None:
+        """Return the runtime half of the steering receipt, None for an unsteered request."""
+        plan = self.request.plan
+        if plan is None:
+            return None
+        state = self.steered
+        gates = []
+        for i, part in enumerate(plan.parts):
+            if part.gate is None:
+                continue
+            gate: dict[str, Any] = {"probe": part.gate.probe, "layer": part.gate.layer}
+            if part.gate.per_prompt:
+                gate["fired"] = bool(state.latched.get(i)) if state else False
+            else:
+                considered = state.n_considered if state else 0
+                gate["fired"] = round(state.n_steered / considered, 4) if considered else 0.0
+            gates.append(gate)
+        return {"steered_tokens": state.n_steered if state else 0, "gates": gates}
+
+    def end(self, reason: FinishReason, *, text: str = "", **more: Any) -> None:
+        """Send the last delta."""
+        self.emit(Delta(text=text, finish_reason=reason, steering=self.receipt(), **more))
+
+    def _mark(self, token_id: int) -> None:
+        assert self.marks is not None
+        if token_id == self.marks.open:
+            self._is_thinking = True
+        elif token_id == self.marks.close:
+            self._is_thinking = False
+
+    def _thinking(self, start: int, n: int) -> np.ndarray | None:
+        if self.marks is None or start + n <= self.n_prompt:
+            return None
+        flags = [False] * self.n_prompt + self._thinking_at
+        return np.array(flags[start : start + n], dtype=bool)
