@@ -42,21 +42,23 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Add a token and return the text that can be sent now."""
         self._ids.append(token_id)
-        begin = max(0, self._known - self._CONTEXT)
-        window = self._decode(self._ids[begin:])
-        if window.endswith(_REPLACEMENT) and len(self._ids) - self._known < 8:
+        new = self._new_text()
+        if new.endswith(_REPLACEMENT) and len(self._ids) - self._known < 8:
             return ""  # inside a character; eight tokens without an end is not text
-        return self._append(window[len(self._decode(self._ids[begin : self._known])) :])
+        return self._append(new)
 
     def finish(self) -> str:
         """Return what was held back, after the last token."""
+        before = self._sent
         if self.stopped_by is None and self._known < len(self._ids):
-            begin = max(0, self._known - self._CONTEXT)
-            window = self._decode(self._ids[begin:])
-            self._append(window[len(self._decode(self._ids[begin : self._known])) :])
-        rest = self._text[self._sent :]
+            self._append(self._new_text())
         self._sent = len(self._text)
-        return rest
+        return self._text[before:]
+
+    def _new_text(self) -> str:
+        begin = max(0, self._known - self._CONTEXT)
+        known = self._decode(self._ids[begin : self._known])
+        return self._decode(self._ids[begin:])[len(known) :]
 
     def _append(self, new: str) -> str:
         self._known = len(self._ids)

@@ -85,6 +85,8 @@ def profile_model(model: nn.Module, *, model_id: str, tokenizer: Any = None) -> 
     ids = tokenizer(_SAMPLE)["input_ids"] if tokenizer is not None else None
     if not ids:
         ids = [(7 * i) % config.vocab_size for i in range(1, 48)]
+    max_context = int(getattr(config, "max_position_embeddings", 0) or 2048)
+    ids = ids[: min(max_context, 256)]
     device = next(model.parameters()).device
     with torch.no_grad(), captured(layers, range(len(layers))) as states:
         model(input_ids=torch.tensor([ids], device=device), use_cache=False)
@@ -99,5 +101,5 @@ def profile_model(model: nn.Module, *, model_id: str, tokenizer: Any = None) -> 
         ),
         layers=tuple(layers),
         hidden_norms=torch.stack(norms).cpu().clamp_min(1e-6),
-        max_context=int(getattr(config, "max_position_embeddings", 0) or 2048),
+        max_context=max_context,
     )
