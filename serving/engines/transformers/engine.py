@@ -183,7 +183,9 @@ class TransformersEngine:
     def _serve(self, ready: asyncio.Future[None]) -> None:
         assert self._loop is not None
         try:
-            with torch.inference_mode():
+            # Not in inference mode: tensors made there could never take part in a gradient, and
+            # attribution runs on this model and bank.
+            with torch.no_grad():
                 self._prepare()
         except BaseException as error:
             self._loop.call_soon_threadsafe(ready.set_exception, error)
