@@ -28,7 +28,9 @@ def steered(layers: Sequence[nn.Module], step: SteerStep | None) -> Iterator[Non
     try:
         if step is not None:
             for layer in step.layers:
-                handles.append(layers[layer].register_forward_hook(_hook(step, layer)))
+                # First in line, so that whoever else watches the layer sees it steered.
+                hook = _hook(step, layer)
+                handles.append(layers[layer].register_forward_hook(hook, prepend=True))
         yield
     finally:
         for handle in handles:
@@ -65,7 +67,7 @@ def _hook(step: SteerStep, layer: int) -> Callable[..., Any]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         hidden = hidden_of(output)
         flat: torch.Tensor = step.apply(layer, hidden.reshape(-1, hidden.shape[-1]))
-        new = flat.view(hidden.shape)
+        new = flat.reshape(hidden.shape)
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     return hook

@@ -1,0 +1,1 @@
+"""Attribution: which tokens made the model say this rather than that."""

@@ -1,0 +1,37 @@
+"""Where trimtab keeps things on disk: what the user made, and what can be made again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def data_home() -> Path:
+    """Return the folder of vectors, classifiers and presets.
+
+    Returns:
+        `$TRIMTAB_HOME`, else `$XDG_DATA_HOME/trimtab`, else `~/.local/share/trimtab`. The folder
+        need not exist.
+    """
+    return _home("TRIMTAB_HOME", "XDG_DATA_HOME", Path(".local", "share"))
+
+
+def cache_home() -> Path:
+    """Return the folder of what can be made again, such as the converted default model.
+
+    Returns:
+        `$TRIMTAB_CACHE`, else `$XDG_CACHE_HOME/trimtab`, else `~/.cache/trimtab`. The folder need
+        not exist.
+    """
+    return _home("TRIMTAB_CACHE", "XDG_CACHE_HOME", Path(".cache"))
+
+
+def _home(own: str, xdg: str, fallback: Path) -> Path:
+    named = os.environ.get(own)
+    if named:
+        return Path(named).expanduser().absolute()
+    base = os.environ.get(xdg, "")
+    # The XDG specification says that a relative path there is invalid and must be ignored.
+    if os.path.isabs(base):
+        return Path(base) / "trimtab"
+    return Path.home() / fallback / "trimtab"

@@ -1,0 +1,68 @@
+"""What every test shares: an isolated home, the real model loaded once, toys, and skip reasons.
+
+Tiny models of many architectures are in `toys.py`: `from toys import TOYS` (`pythonpath` in
+pyproject.toml puts this folder on the path).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+# No test may reach a hub; read by huggingface_hub when it is first imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from toys import llama
+from transformers import PreTrainedModel
+
+from trimtab.steering.model.loading import LoadedModel, load_model
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+NEEDS = {
+    "gpu": (torch.cuda.is_available, "there is no CUDA device"),
+    "vllm": (lambda: importlib.util.find_spec("vllm") is not None, "vLLM is not installed"),
+    "browser": (lambda: any(map(shutil.which, BROWSERS)), "no Chromium or Chrome is installed"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for mark, (is_there, reason) in NEEDS.items():
+        needy = [item for item in items if item.get_closest_marker(mark)]
+        if needy and not is_there():
+            for item in needy:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep tests out of the user's vectors. The cache stays shared: converting takes 20 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("trimtab-home")
+        patch.setenv("TRIMTAB_HOME", str(home))
+        yield home
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Give the next test torch's thread count back: results depend on it in the last bits."""
+    n_threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != n_threads:
+        torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The real 135M model on the CPU in float32. Tests that use it are marked `slow`."""
+    return load_model("smollm2", device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def toy_llama() -> PreTrainedModel:
+    """A fresh seeded Llama: 2 layers, width 32, 4 heads, 2 key-value heads, vocabulary 128."""
+    return llama()
