@@ -1,0 +1,1 @@
+"""Offline building of what steers: vectors, classifiers, adapters."""

@@ -1,0 +1,1 @@
+"""Building steering vectors, one method a file."""

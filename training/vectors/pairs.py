@@ -1,0 +1,195 @@
+"""Contrastive pairs: the data a vector is built from, read, checked and split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from trimtab.steering.errors import DataError, NotFoundError, did_you_mean, listed
+
+MAX_PAIRS = 20_000
+MAX_CHARACTERS = 20_000
+_MIN_PAIRS = 4
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with an answer that shows the concept and one that does not.
+
+    `prompt` is empty for two texts without a prompt. `is_held` keeps a pair out of building, for
+    measuring afterwards.
+    """
+
+    prompt: str
+    preferred: str
+    dispreferred: str
+    is_held: bool = False
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs of one concept.
+
+    Attributes:
+        name: what to call the data in an artifact.
+        pairs: all of them.
+    """
+
+    name: str
+    pairs: tuple[Pair, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.build) < _MIN_PAIRS:
+            raise DataError(
+                f"{self.name} has {len(self.build)} pairs to build from; at least {_MIN_PAIRS} "
+                "are needed, and 40 or more make a useful vector."
+            )
+
+    @property
+    def build(self) -> list[Pair]:
+        """Pairs to fit and calibrate on."""
+        return [pair for pair in self.pairs if not pair.is_held]
+
+    @property
+    def held(self) -> list[Pair]:
+        """Pairs to measure on; building never sees them."""
+        return [pair for pair in self.pairs if pair.is_held]
+
+    def fit_and_calibration(self) -> tuple[list[Pair], list[Pair]]:
+        """Return the build pairs as those to fit the direction on and every fourth, to calibrate.
+
+        Pairs of one prompt stay on one side.
+        """
+        fit: list[Pair] = []
+        calibration: list[Pair] = []
+        sides: dict[str, list[Pair]] = {}
+        for pair in self.build:
+            side = sides.get(pair.prompt) if pair.prompt else None
+            if side is None:
+                turn = len(fit) + len(calibration)
+                side = calibration if turn % 4 == 3 else fit
+                sides[pair.prompt] = side
+            side.append(pair)
+        return fit, calibration
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the pairs' texts and split."""
+        rows = [[p.prompt, p.preferred, p.dispreferred, p.is_held] for p in self.pairs]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def concepts() -> list[str]:
+    """Return the names of the bundled concepts."""
+    folder = resources.files("trimtab.training.vectors") / "concepts"
+    return sorted(
+        entry.name.removesuffix(".jsonl")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".jsonl")
+    )
+
+
+def concept(name: str) -> PairSet:
+    """Return a bundled concept's pairs.
+
+    Raises:
+        NotFoundError: no such concept.
+    """
+    known = concepts()
+    if name not in known:
+        raise NotFoundError(
+            f"Unknown concept {name!r}.{did_you_mean(name, known)} Bundled: {listed(known)}."
+        )
+    folder = resources.files("trimtab.training.vectors") / "concepts"
+    lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return _pair_set(lines, name=name)
+
+
+def read_pairs(path: Path, *, name: str | None = None) -> PairSet:
+    """Read pairs from a JSONL file.
+
+    Each line is `{"prompt", "preferred", "dispreferred"}` or, for texts without a prompt,
+    `{"positive", "negative"}`; an optional `split` is "build" or "held". Without any `split`, a
+    third of the prompts is held, chosen by hash, so that a prompt is never on both sides.
+
+    Raises:
+        DataError: the file cannot be read, a line is at fault (named), or there is too little.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from None
+    return _pair_set(lines, name=name or path.name)
+
+
+def _pair_set(lines: Iterable[str], *, name: str) -> PairSet:
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            rows.append(_row(line, where=f"{name}:{number}"))
+        if len(rows) > MAX_PAIRS:
+            raise DataError(f"{name} has more than {MAX_PAIRS} pairs.")
+    stated = {row["split"] for row in rows}
+    if None in stated and len(stated) > 1:
+        raise DataError(f"{name}: some lines state a `split` and some do not.")
+    pairs = [
+        Pair(
+            row["prompt"],
+            row["preferred"],
+            row["dispreferred"],
+            row["split"] == "held" if row["split"] else _is_held(row),
+        )
+        for row in rows
+    ]
+    return PairSet(name, tuple(pairs))
+
+
+def split(pairs: Sequence[Pair], *, name: str) -> PairSet:
+    """Return pairs as a set with a third of the prompts held, chosen by hash."""
+    rows = [
+        Pair(p.prompt, p.preferred, p.dispreferred, _is_held(p.__dict__)) for p in pairs
+    ]
+    return PairSet(name, tuple(rows))
+
+
+def _is_held(row: dict[str, Any]) -> bool:
+    key = row["prompt"] or row["preferred"]
+    return hashlib.sha256(key.encode()).digest()[0] % 3 == 0
+
+
+def _row(line: str, *, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not valid JSON: {error}.") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is not an object.")
+    if "positive" in row or "negative" in row:
+        row = {
+            "prompt": "",
+            "preferred": row.get("positive"),
+            "dispreferred": row.get("negative"),
+            "split": row.get("split"),
+        }
+    result: dict[str, Any] = {}
+    for key in ("prompt", "preferred", "dispreferred"):
+        value = row.get(key)
+        if not isinstance(value, str) or (key != "prompt" and not value.strip()):
+            raise DataError(
+                f"{where} has no text under {key!r}; a line is "
+                '{"prompt", "preferred", "dispreferred"} or {"positive", "negative"}.'
+            )
+        if len(value) > MAX_CHARACTERS:
+            raise DataError(f"{where}: {key!r} has {len(value)} characters, over {MAX_CHARACTERS}.")
+        result[key] = value
+    if result["preferred"] == result["dispreferred"]:
+        raise DataError(f"{where} has the same text on both sides.")
+    result["split"] = row.get("split")
+    if result["split"] not in (None, "build", "held"):
+        raise DataError(f"{where}: split is {row['split']!r}; expected 'build' or 'held'.")
+    return result
