@@ -41,7 +41,7 @@ class ModelRef:
     n_layers: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VectorArtifact:
     """One named steering vector: a direction a layer, with how it came to be.
 
@@ -103,8 +103,10 @@ class VectorArtifact:
         if not self.default_layers or not set(self.default_layers) <= set(self.layers):
             return f"its default layers {self.default_layers} are not among its layers"
         if self.probe is not None:
-            if tuple(self.probe.shape) != (n, 2) or not torch.isfinite(self.probe).all():
-                return "its probe is not a finite table of slope and intercept per layer"
+            if self.probe.dtype != torch.float32 or tuple(self.probe.shape) != (n, 2):
+                return "its probe is not a float32 table of slope and intercept per layer"
+            if not torch.isfinite(self.probe).all():
+                return "its probe holds NaN or infinity"
             if self.probe_layer not in self.layers:
                 return f"its probe layer {self.probe_layer} is not among its layers"
         return None
@@ -115,8 +117,9 @@ class VectorArtifact:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what steering reads: layers, directions, probe. Names do not count."""
-        h = hashlib.sha256(json.dumps([self.layers, self.normalize]).encode())
+        """SHA-256 of what steering reads: layers, directions, probe, defaults. Not the names."""
+        read = [self.layers, self.default_layers, self.probe_layer, self.normalize]
+        h = hashlib.sha256(json.dumps(read).encode())
         h.update(self.directions.contiguous().numpy().tobytes())
         if self.probe is not None:
             h.update(self.probe.contiguous().numpy().tobytes())
@@ -219,7 +222,10 @@ def _header(data: bytes, *, name: str) -> dict[str, Any]:
         raise ArtifactError(f"{name} is not a whole safetensors file: its header is cut short.")
     try:
         raw = json.loads(data[8 : 8 + length])
-        header = json.loads(raw["__metadata__"]["trimtab"], parse_constant=_refuse_constant)
+        text = raw["__metadata__"]["trimtab"]
+        header = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        # A lone surrogate would pass here and break every answer that lists this vector.
+        json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ArtifactError(
             f"{name} has no trimtab header. A GGUF control vector is read by "
@@ -230,5 +236,8 @@ def _header(data: bytes, *, name: str) -> dict[str, Any]:
     return header
 
 
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} in a header (finite numbers only, like {math.pi:.2f})")
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} in a header; finite numbers only")
+    return value

@@ -17,7 +17,7 @@ from trimtab.steering.errors import SpecError
 from trimtab.steering.plan import MAX_RANK, Gate, Part, Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lease:
     """A plan's hold on the bank: one slot a part, in the plan's order."""
 

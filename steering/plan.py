@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from trimtab.steering.artifact import ModelRef, VectorArtifact
@@ -27,7 +29,7 @@ class VectorSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gate:
     """A probe that opens or shuts a part.
 
@@ -59,7 +61,7 @@ class Gate:
         return h.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerTerm:
     """One part's change at one layer: h + add - low_a^T (low_b h), then the norm if asked.
 
@@ -75,7 +77,7 @@ class LayerTerm:
     normalize: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """The terms of a plan that share their tokens and gate: one slot of the bank."""
 
@@ -85,7 +87,7 @@ class Part:
     digest: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A compiled spec.
 
@@ -158,7 +160,8 @@ def compile_plan(
 class _Draft:
     window: Window
     gate: Gate | None
-    add: dict[int, torch.Tensor] = field(default_factory=dict)
+    gate_path: str = ""
+    add: dict[int, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
     normalize: dict[int, bool] = field(default_factory=dict)
     ablations: dict[int, list[tuple[torch.Tensor, float, float]]] = field(
         default_factory=lambda: defaultdict(list)
@@ -201,7 +204,7 @@ class _Builder:
                 raise SpecError(
                     f"{path}.scale {term.scale} overflows the vector.", param=f"{path}.scale"
                 )
-            doses[layer] = float(change.norm()) / float(self.norms[layer])
+            doses[layer] = float(change.double().norm()) / float(self.norms[layer])
             if term.scale == 0.0:
                 continue
             if draft.normalize.setdefault(layer, normalize) != normalize:
@@ -210,8 +213,7 @@ class _Builder:
                     "same tokens says otherwise; norm preservation holds for their sum.",
                     param=f"{path}.normalize",
                 )
-            known = draft.add.get(layer)
-            draft.add[layer] = change if known is None else known + change
+            draft.add[layer].append(change)
             self.shares[layer].append((doses[layer], f"{path}.scale", term.scale))
         self._note("vector", term, vector, layers, doses=doses, normalize=normalize)
 
@@ -256,9 +258,16 @@ class _Builder:
         *,
         path: str,
     ) -> tuple[int, ...]:
-        if asked is None:
-            return default
         n = len(self.norms)
+        if asked is None:
+            # A GGUF file does not say how many layers its model had.
+            if default[-1] >= n:
+                raise SpecError(
+                    f"{path}: vector {vector.id!r} has a direction for layer {default[-1]}; the "
+                    f"model has layers 0 to {n - 1}. Name the layers to use in `layers`.",
+                    param=f"{path}.layers",
+                )
+            return default
         for i, layer in enumerate(asked):
             if not 0 <= layer < n:
                 raise SpecError(
@@ -305,7 +314,7 @@ class _Builder:
                     "and `when` in one request.",
                     param=path,
                 )
-            self.drafts[key] = _Draft(window, gate)
+            self.drafts[key] = _Draft(window, gate, where)
         return self.drafts[key]
 
     def _gate(self, when: When, *, path: str) -> Gate:
@@ -325,6 +334,12 @@ class _Builder:
             )
         slope, intercept = (float(x) for x in vector.probe[vector.layers.index(layer)])
         row = vector.row(layer)
+        if not row.any():
+            raise SpecError(
+                f"{path}.layer: {when.probe!r} is zero at layer {layer} and reads nothing there; "
+                "choose another layer.",
+                param=f"{path}.layer",
+            )
         threshold = when.above if when.above is not None else when.below
         assert threshold is not None  # the spec has exactly one
         return Gate(
@@ -366,8 +381,12 @@ class _Builder:
         parts = tuple(
             part for draft in self.drafts.values() if (part := _part(draft, path)) is not None
         )
+        for layer, term in ((k, t) for part in parts for k, t in part.layers.items()):
+            if term.add is not None and not torch.isfinite(term.add).all():
+                raise SpecError(f"{path}: the terms' sum overflows at layer {layer}.", param=path)
         layers = sorted({layer for part in parts for layer in part.layers})
-        doses = {layer: dose_at(parts, layer, self.norms) for layer in layers}
+        together = _open_together(parts)
+        doses = {layer: _dose_at(parts, layer, self.norms, together) for layer in layers}
         self._check_dose(doses)
         touching_prompt = [part.digest for part in parts if part.window.prompt]
         return Plan(
@@ -384,7 +403,7 @@ class _Builder:
     def _check_dose(self, doses: dict[int, float]) -> None:
         limit = self.limits.max_dose
         for layer, dose in doses.items():
-            if limit is not None and dose > limit:
+            if limit is not None and not dose <= limit:
                 _, param, value = max(self.shares[layer])
                 raise DoseError(
                     f"{param} {value:g} brings the relative dose |change| / |h| at layer {layer} "
@@ -394,23 +413,51 @@ class _Builder:
                 )
 
 
-def dose_at(parts: tuple[Part, ...], layer: int, norms: torch.Tensor) -> float:
-    """Return the largest relative dose |change| / |h| of a layer over the phases of a request.
+def _dose_at(
+    parts: tuple[Part, ...], layer: int, norms: torch.Tensor, together: set[frozenset[int]]
+) -> float:
+    """Return the largest relative dose |change| / |h| any token of a request can get at a layer.
 
-    Gates count as open. Only the additive part counts: ablation is bounded by h itself.
+    Only the additive part counts: ablation is bounded by h itself.
     """
+    adds = {
+        i: term.add.double()
+        for i, part in enumerate(parts)
+        if (term := part.layers.get(layer)) is not None and term.add is not None
+    }
     worst = 0.0
-    for phase in ("prompt", "generation", "thinking"):
-        rows = [
-            term.add
-            for part in parts
-            if getattr(part.window, phase)
-            and (term := part.layers.get(layer)) is not None
-            and term.add is not None
-        ]
-        if rows:
-            worst = max(worst, float(torch.stack(rows).sum(0).norm()) / float(norms[layer]))
+    for members in {open_parts & frozenset(adds) for open_parts in together}:
+        if members:
+            change = torch.stack([adds[i] for i in sorted(members)]).sum(0)
+            worst = max(worst, float(change.norm()) / float(norms[layer]))
     return worst
+
+
+def _open_together(parts: tuple[Part, ...]) -> set[frozenset[int]]:
+    """Return every set of parts that can act on one token.
+
+    Opposite terms cancel only where both act, so windows are taken at each position where one
+    begins or ends, in and out of a thinking span, and each gate as open and as shut.
+    """
+    windows = [part.window for part in parts]
+    cuts = {0, *(n for w in windows for n in (w.first, w.after) if n is not None)}
+    positions = np.array([-1, *sorted(cuts)])  # with n_prompt 0, -1 stands for the prompt
+    gates = sorted({part.gate.digest for part in parts if part.gate is not None})
+    found = set()
+    for is_thinking in (False, True):
+        thinking = np.full(len(positions), is_thinking)
+        inside = np.array([w.select(positions, n_prompt=0, thinking=thinking) for w in windows])
+        for column in inside.T if parts else ():
+            for states in itertools.product((False, True), repeat=len(gates)):
+                is_open = dict(zip(gates, states, strict=True))
+                found.add(
+                    frozenset(
+                        i
+                        for i, part in enumerate(parts)
+                        if column[i] and (part.gate is None or is_open[part.gate.digest])
+                    )
+                )
+    return found
 
 
 def additive_plan(rows: dict[int, torch.Tensor], *, normalize: bool = False) -> Plan:
@@ -422,7 +469,8 @@ def additive_plan(rows: dict[int, torch.Tensor], *, normalize: bool = False) -> 
         rows: layer -> `[hidden_size]`, float32.
         normalize: keep the hidden states' norms.
     """
-    draft = _Draft(Window(), None, add=dict(rows), normalize=dict.fromkeys(rows, normalize))
+    draft = _Draft(Window(), None, normalize=dict.fromkeys(rows, normalize))
+    draft.add.update({layer: [row] for layer, row in rows.items()})
     part = _part(draft, "steering")
     parts = () if part is None else (part,)
     fingerprint = _hash([p.digest for p in parts])
@@ -447,6 +495,12 @@ def check_belongs(own: ModelRef, served: ModelRef, *, name: str, param: str | No
             "Build it again with `trimtab vectors build`.",
             param=param,
         )
+    if own.n_layers is not None and own.n_layers != served.n_layers:
+        raise SpecError(
+            f"Vector {name!r} was built for a model of {own.n_layers} layers, {own.id!r}; "
+            f"{served.id!r} has {served.n_layers}.",
+            param=param,
+        )
     if own.model_type != served.model_type:
         raise SpecError(
             f"Vector {name!r} was built for a {own.model_type!r} model; {served.id!r} is a "
@@ -463,26 +517,36 @@ def listed_layers(layers: tuple[int, ...]) -> str:
 def _part(draft: _Draft, path: str) -> Part | None:
     layers: dict[int, LayerTerm] = {}
     for layer in sorted(draft.touched):
-        add, low_a, low_b = draft.add.get(layer), None, None
+        # In a fixed order, so that reordered terms round alike and share a fingerprint.
+        changes = [row.double() for row in sorted(draft.add.get(layer, []), key=_bytes)]
+        low_a = low_b = None
         if draft.ablations[layer]:
-            units, shares, targets = (list(x) for x in zip(*draft.ablations[layer], strict=True))
+            entries = sorted(draft.ablations[layer], key=lambda x: (_bytes(x[0]), x[1], x[2]))
+            units, shares, targets = (list(x) for x in zip(*entries, strict=True))
             basis = torch.stack(units)  # [rank, hidden_size]
             # The pseudo-inverse makes several full ablations remove the whole span, also when
             # the directions are not orthogonal; for one direction it is the direction itself.
-            low_b = torch.linalg.pinv(basis.double()).T.float().contiguous()
-            low_a = basis * torch.tensor(shares).unsqueeze(1)
-            offset = (basis * (torch.tensor(shares) * torch.tensor(targets)).unsqueeze(1)).sum(0)
+            # Directions closer than 1e-4 count as one: float32 could not tell them apart.
+            dual = torch.linalg.pinv(basis.double(), rtol=1e-4).T
+            low_b = dual.float().contiguous()
+            share = torch.tensor(shares, dtype=torch.float64).unsqueeze(1)
+            low_a = (basis * share).float()
+            # Along the dual, so that no target moves the component along another direction.
+            target = torch.tensor(targets, dtype=torch.float64).unsqueeze(1)
+            offset = (dual * share * target).sum(0)
             if bool(offset.any()):
-                add = offset if add is None else add + offset
+                changes.append(offset)
+        add = torch.stack(changes).sum(0).float() if changes else None
         layers[layer] = LayerTerm(add, low_a, low_b, draft.normalize.get(layer, False))
     if not layers:
         return None
     gate = draft.gate
     if gate is not None and gate.layer > min(layers):
+        where = draft.gate_path or f"{path}.when"
         raise SpecError(
-            f"{path}.when reads layer {gate.layer}, after layer {min(layers)} which it should "
+            f"{where} reads layer {gate.layer}, after layer {min(layers)} which it should "
             "gate; set `when.layer` to an earlier layer or steer later layers.",
-            param=f"{path}.when",
+            param=where,
         )
     window = draft.window
     h = hashlib.sha256(repr((window, None if gate is None else gate.digest)).encode())
@@ -491,6 +555,10 @@ def _part(draft: _Draft, path: str) -> Part | None:
         for tensor in (term.add, term.low_a, term.low_b):
             h.update(b"-" if tensor is None else tensor.contiguous().numpy().tobytes())
     return Part(window=window, gate=gate, layers=layers, digest=h.hexdigest())
+
+
+def _bytes(row: torch.Tensor) -> bytes:
+    return row.contiguous().numpy().tobytes()
 
 
 def _hash(parts: list[str]) -> str:

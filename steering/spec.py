@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trimtab.steering.errors import SpecError, did_you_mean, listed
 
 MAX_TERMS = 64
+MAX_EXPRESSION = 16_384
 SCALE_ALIASES = ("strength", "alpha", "coeff", "coefficient", "multiplier")
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -132,7 +133,7 @@ def parse_spec(value: Any, *, path: str = "steering") -> SteeringSpec:
         if value.lstrip().startswith("{"):
             try:
                 value = json.loads(value)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SpecError(f"{path} is not valid JSON: {error}.", param=path) from None
         else:
             return parse_expression(value, path=path)
@@ -159,10 +160,11 @@ def parse_spec(value: Any, *, path: str = "steering") -> SteeringSpec:
         raise _spec_error(error, path=path) from None
 
 
+# Possessive quantifiers: a long run of digits or spaces must not make the match quadratic.
 _TERM = re.compile(
-    r"""\s*(?P<sign>[+-])?\s*
-        (?:(?P<scale>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*?\s+|(?P<tight>\d+\.?\d*|\.\d+)\*)?
-        (?P<id>[A-Za-z][A-Za-z0-9._-]*)""",
+    r"""\s*+(?P<sign>[+-])?\s*+
+        (?:(?P<scale>(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?)(?:\s*+\*\s*+|\s++))?
+        (?P<id>[A-Za-z][A-Za-z0-9._-]*+)""",
     re.VERBOSE,
 )
 
@@ -175,6 +177,10 @@ def parse_expression(text: str, *, path: str = "steering") -> SteeringSpec:
     """
     if not text.strip():
         raise SpecError(f"{path} is an empty string; name at least one vector.", param=path)
+    if len(text) > MAX_EXPRESSION:
+        raise SpecError(
+            f"{path} has {len(text)} characters; at most {MAX_EXPRESSION} are allowed.", param=path
+        )
     terms: list[dict[str, Any]] = []
     at = 0
     while at < len(text.rstrip()):
@@ -185,7 +191,7 @@ def parse_expression(text: str, *, path: str = "steering") -> SteeringSpec:
                 '"0.8 honest - 0.3 formal".',
                 param=path,
             )
-        scale = float(found["scale"] or found["tight"] or 1.0)
+        scale = float(found["scale"] or 1.0)
         terms.append({"id": found["id"], "scale": -scale if found["sign"] == "-" else scale})
         at = found.end()
         if len(terms) > MAX_TERMS:
@@ -206,9 +212,7 @@ def json_path(location: tuple[Any, ...], *, root: str) -> str:
 
 def _spec_error(error: ValidationError, *, path: str) -> SpecError:
     first = error.errors(include_url=False, include_context=False)[0]
-    location = tuple(
-        part for part in first["loc"] if not (isinstance(part, str) and "[" in part)
-    )
+    location = first["loc"]
     param = json_path(location, root=path)
     if first["type"] == "extra_forbidden":
         known = _fields_at(location[:-1])
@@ -223,7 +227,7 @@ def _spec_error(error: ValidationError, *, path: str) -> SpecError:
     elif first["type"] == "string_pattern_mismatch":
         shown = str(first["input"])[:80]
         reason = f"must be letters, digits, '.', '_' and '-' (at most 64), got {shown!r}"
-    return SpecError(f"{param}: {reason}.".replace("..", "."), param=param)
+    return SpecError(f"{param}: {reason.removesuffix('.')}.", param=param)
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:

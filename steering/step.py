@@ -17,7 +17,7 @@ from trimtab.steering.bank import Bank, Lease
 from trimtab.steering.plan import Gate
 
 
-@dataclass
+@dataclass(eq=False)
 class SteeredRequest:
     """A request's lease with what its gates have decided so far.
 
@@ -174,9 +174,7 @@ class SteerStep:
         if gate.per_prompt:
             # The first position is an attention sink with a norm of its own; leave it out.
             states = (states[1:] if len(states) > 1 else states).float().mean(0, keepdim=True)
-        score = probe(
-            states, reading.direction, slope=gate.slope, intercept=gate.intercept
-        )
+        score = probe(states, reading.direction, slope=gate.slope, intercept=gate.intercept)
         is_open = score > gate.threshold if gate.above else score < gate.threshold
         assert self._gates is not None
         if gate.per_prompt:

@@ -61,6 +61,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    # The inode tells two files of one size apart that were written within one clock tick.
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 class Store:
     """One model's vectors and presets, kept in memory and on disk.
 
@@ -75,7 +80,7 @@ class Store:
         self.folder = folder
         self.problems: dict[str, str] = {}
         self._lock = threading.RLock()
-        self._stamps: dict[Path, tuple[int, int]] = {}
+        self._stamps: dict[Path, tuple[int, int, int]] = {}
         self._vectors: dict[str, VectorArtifact] = {}
         self._presets: dict[str, SteeringSpec] = {}
         self.refresh()
@@ -95,7 +100,7 @@ class Store:
                 status = path.stat()
             except FileNotFoundError:
                 continue
-            stamp = (status.st_mtime_ns, status.st_size)
+            stamp = _stamp(status)
             if self._stamps.get(path) == stamp:
                 continue
             self._stamps[path] = stamp
@@ -103,21 +108,23 @@ class Store:
             table.pop(name, None)
             try:
                 table[name] = read(path, check_id(name))
-            except (TrimtabError, OSError, ValueError) as error:
+            except (TrimtabError, OSError, ValueError, RecursionError) as error:
                 self.problems[path.name] = str(error)
         for name in set(table) - present:
             del table[name]
-            self._stamps.pop(self._path(kind, name), None)
+        for path in [p for p in self._stamps if p.parent.name == kind]:
+            if path.name.removesuffix(_SUFFIX[kind]) not in present:
+                del self._stamps[path]
         for file in [f for f in self.problems if f.endswith(_SUFFIX[kind])]:
             if file.removesuffix(_SUFFIX[kind]) not in present:
                 del self.problems[file]
 
     def _fresh(self, kind: str, name: str, table: dict[str, Any]) -> None:
-        if _ID.fullmatch(name):
+        if _ID.fullmatch(name) and ".." not in name:
             path = self._path(kind, name)
             try:
                 status = path.stat()
-                known = self._stamps.get(path) == (status.st_mtime_ns, status.st_size)
+                known = self._stamps.get(path) == _stamp(status)
             except FileNotFoundError:
                 known = name not in table
             if not known:
@@ -165,6 +172,7 @@ class Store:
         """Store a vector, replacing one of the same id. Return True if the id was new."""
         with self._lock:
             path = self._path("vectors", vector.id)
+            self.refresh()
             is_new = vector.id not in self._vectors
             self._bounded("vectors", self._vectors, is_new)
             write_atomically(path, to_bytes(vector))
@@ -207,6 +215,7 @@ class Store:
         """Store a preset. Return True if the name was new."""
         with self._lock:
             path = self._path("presets", name)
+            self.refresh()
             is_new = name not in self._presets
             self._bounded("presets", self._presets, is_new)
             body = spec.model_dump(mode="json", exclude_defaults=True)

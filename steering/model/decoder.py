@@ -29,8 +29,13 @@ def find_decoder_layers(model: nn.Module) -> list[nn.Module]:
     text, an expert list does not run in order, so neither qualifies.
 
     Raises:
-        ModelLoadError: no list qualifies.
+        ModelLoadError: an encoder-decoder model, or no list qualifies.
     """
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelLoadError(
+            f"{type(model).__name__} is an encoder-decoder; steering needs a decoder-only model."
+        )
     width = text_config(model).hidden_size
     lists = {
         name: list(module)

@@ -1,0 +1,85 @@
+"""The HTTP app: one engine, one store, all routes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from trimtab.serving.engines.base import Engine
+from trimtab.serving.errors import install_error_handlers
+from trimtab.serving.keys import KeyGuard
+from trimtab.serving.lifecycle import Lifecycle
+from trimtab.serving.metrics import Metrics
+from trimtab.serving.openapi import install_openapi
+from trimtab.serving.request_context import RequestContext
+from trimtab.serving.routes import chat, completions, methods, models, presets, service, vectors
+from trimtab.serving.settings import ServerSettings
+from trimtab.serving.state import ServerState
+from trimtab.steering.store import Store
+
+_DESCRIPTION = """An OpenAI-compatible server whose requests may each be steered their own way.
+Add `steering` to a completions request; unknown or unsupported fields are refused by name."""
+
+
+def create_app(
+    engine: Engine,
+    store: Store,
+    *,
+    settings: ServerSettings,
+    on_ready: Callable[[], None] | None = None,
+    on_failed: Callable[[BaseException], None] | None = None,
+) -> FastAPI:
+    """Return the app for one engine.
+
+    The engine starts in the background when the app does, so that the port opens at once and
+    /health says how far it is; it stops with the app.
+
+    Args:
+        engine: not yet started.
+        store: the served model's vectors and presets.
+        settings: names, keys, limits.
+        on_ready: called once requests can be answered.
+        on_failed: called with the error if the engine cannot start; the app keeps answering 503
+            until the caller ends it.
+    """
+    lifecycle = Lifecycle(engine, on_ready=on_ready, on_failed=on_failed)
+    metrics = Metrics(lifecycle)
+    server = ServerState(
+        engine=engine,
+        store=store,
+        settings=settings,
+        lifecycle=lifecycle,
+        metrics=metrics,
+        started=int(time.time()),
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await lifecycle.begin()
+        try:
+            yield
+        finally:
+            await lifecycle.end()
+
+    app = FastAPI(
+        title="trimtab",
+        version=version("trimtab"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        # A redirect would answer a mistyped path with an empty body.
+        redirect_slashes=False,
+    )
+    app.state.server = server
+    for route in (chat, completions, models, methods, vectors, presets, service):
+        app.include_router(route.router)
+    install_error_handlers(app)
+    install_openapi(app, server)
+    # The last added is the outermost.
+    app.add_middleware(KeyGuard, settings=settings)
+    app.add_middleware(RequestContext, metrics=metrics)
+    return app

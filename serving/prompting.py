@@ -1,0 +1,68 @@
+"""From messages or text to token ids, with the model's own tokenizer and template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from trimtab.serving.chat_request import Message
+from trimtab.serving.errors import RequestError
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Return the ids of a conversation by the model's chat template.
+
+    `developer` becomes `system`. A last message of the assistant's is left open, so that the
+    answer goes on where it ends. Takes long for long texts: call it in a thread.
+
+    Raises:
+        RequestError: no template, or the template refuses these messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise RequestError(
+            "This model has no chat template; send plain text to /v1/completions.",
+            param="messages",
+            code="no_chat_template",
+        )
+    turns = [
+        {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages
+    ]
+    goes_on = turns[-1]["role"] == "assistant"
+    if goes_on and not turns[-1]["content"].strip():
+        param = f"messages[{len(turns) - 1}].content"
+        raise RequestError(f"{param} is empty, there is nothing to continue.", param=param)
+    try:
+        ids = tokenizer.apply_chat_template(
+            turns,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+            tokenize=True,
+            return_dict=False,
+        )
+    # Templates are programs: beside Jinja's own errors they end in Python's usual ones.
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise RequestError(
+            f"The model's chat template refuses these messages: {str(error)[:300]}.",
+            param="messages",
+            code="template_error",
+        ) from error
+    return _not_empty(ids, param="messages")
+
+
+def text_ids(tokenizer: Any, text: str, *, param: str) -> tuple[int, ...]:
+    """Return the ids of a plain prompt, with the tokens the tokenizer adds (such as BOS).
+
+    Takes long for long texts: call it in a thread.
+
+    Raises:
+        RequestError: the text makes no token.
+    """
+    return _not_empty(tokenizer(text, add_special_tokens=True)["input_ids"], param=param)
+
+
+def _not_empty(ids: Sequence[int], *, param: str) -> tuple[int, ...]:
+    if not ids:
+        raise RequestError(f"{param} is empty; a model needs at least one token.", param=param)
+    return tuple(ids)

@@ -1,0 +1,222 @@
+"""The steering op against its formula, written out token by token in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from trimtab.kernels import LayerBank, probe, steer
+
+WIDTHS = (1, 7, 16, 64)
+TOKENS = (0, 1, 5, 16)
+# Of the result's RMS: float32 arithmetic, and one rounding of the result to its own type.
+BOUNDS = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    hidden: torch.Tensor
+    slots: torch.Tensor
+    gates: torch.Tensor
+    bank: LayerBank
+
+
+def case(n_tokens: int, width: int, *, n_parts: int = 3, rank: int = 2, seed: int = 0) -> Case:
+    """Random bank of 6 slots; slot 0 is null, slot 1 has no row, slot 2 no low-rank pair."""
+    g = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    n_slots, n_rows, n_low = 6, 8, 9
+    zero_first = torch.ones(max(n_rows, n_low), 1)
+    zero_first[0] = 0
+    row_of = torch.randint(1, n_rows, (n_slots,), generator=g)
+    low_of = torch.randint(0, n_low, (n_slots, rank), generator=g)
+    row_of[[0, 1]] = 0
+    low_of[[0, 2]] = 0
+    norm = torch.tensor([False, True, False, True, False, True])
+    size = width**-0.5
+    bank = LayerBank(
+        rows=drawn(n_rows, width) * zero_first[:n_rows],
+        row_of=row_of,
+        norm=norm,
+        low_a=drawn(n_low, width) * zero_first[:n_low] * size,
+        low_b=drawn(n_low, width) * zero_first[:n_low] * size,
+        low_of=low_of,
+    )
+    slots = torch.randint(0, n_slots, (n_tokens, n_parts), generator=g)
+    gates = torch.rand(n_tokens, n_parts, generator=g)
+    gates[torch.rand(n_tokens, n_parts, generator=g) < 0.3] = 0.0
+    return Case(drawn(n_tokens, width) * 3, slots, gates, bank)
+
+
+def by_hand(c: Case, hidden: torch.Tensor, gates: torch.Tensor | None) -> torch.Tensor:
+    out = hidden.double().clone()
+    for t, h in enumerate(hidden.double()):
+        changed, keeps_norm = h.clone(), False
+        for m, slot in enumerate(c.slots[t].tolist()):
+            g = 1.0 if gates is None else float(gates[t, m])
+            change = c.bank.rows[c.bank.row_of[slot]].double()
+            for pair in c.bank.low_of[slot].tolist():
+                a, b = c.bank.low_a[pair].double(), c.bank.low_b[pair].double()
+                change = change - a * float(b @ h)
+            changed = changed + g * change
+            keeps_norm |= bool(c.bank.norm[slot]) and g > 0
+        if keeps_norm and changed.norm() > 0:
+            changed = changed * (h.norm() / changed.norm())
+        out[t] = changed
+    return out
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest error of an entry, as a share of the expected RMS."""
+    if expected.numel() == 0:
+        return 0.0
+    rms = expected.pow(2).mean().sqrt().clamp_min(1e-30)
+    return float((got.double() - expected).abs().max() / rms)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("n_tokens", TOKENS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_op_is_its_formula(n_tokens: int, width: int, dtype: torch.dtype, gated: bool) -> None:
+    """A wrong axis, a part read from another token, or arithmetic in the half type."""
+    c = case(n_tokens, width, seed=width + n_tokens)
+    hidden = c.hidden.to(dtype)
+    gates = c.gates if gated else None
+    got = steer(hidden, c.slots, bank=c.bank, gates=gates)
+    assert (got.dtype, got.shape) == (dtype, hidden.shape)
+    expected = by_hand(c, hidden, gates)
+    # An entry of size x may be off by half a unit in its last place: bounded by the largest.
+    largest = float(expected.abs().max() / expected.pow(2).mean().sqrt()) if n_tokens else 1.0
+    assert error(got, expected) <= BOUNDS[dtype] * max(1.0, largest)
+
+
+def every_second(x: torch.Tensor) -> torch.Tensor:
+    wide = torch.zeros(2 * x.shape[0], 3 * x.shape[1])
+    wide[::2, 1::3] = x
+    return wide[::2, 1::3]
+
+
+@pytest.mark.parametrize(
+    "strided",
+    [
+        every_second,
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    ],
+)
+def test_strided_input_is_read_by_its_strides(strided: Callable) -> None:
+    """Reading a view as if it were contiguous mixes neighbouring tokens."""
+    c = case(9, 16)
+    view = strided(c.hidden)
+    assert not view.is_contiguous()
+    before = view.clone()
+    got = steer(view, c.slots, bank=c.bank, gates=c.gates)
+    assert error(got, by_hand(c, c.hidden, c.gates)) <= 1e-5
+    assert torch.equal(view, before)  # and nothing was written into it
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_null_slots_leave_tokens_bit_identical(dtype: torch.dtype) -> None:
+    """An unsteered neighbour that passes through the op must come out as it went in."""
+    c = case(16, 64)
+    hidden = c.hidden.to(dtype)
+    slots = c.slots.clone()
+    slots[::2] = 0
+    got = steer(hidden, slots, bank=c.bank)
+    assert torch.equal(got[::2], hidden[::2])
+    assert not torch.equal(got[1::2], hidden[1::2])
+    shut = steer(hidden, c.slots, bank=c.bank, gates=torch.zeros_like(c.gates))
+    assert torch.equal(shut, hidden)
+
+
+def test_tokens_do_not_see_each_other() -> None:
+    """A norm over the sequence, as in GrAInS' published hook, changes with the batch."""
+    c = case(16, 64)
+    whole = steer(c.hidden, c.slots, bank=c.bank, gates=c.gates)
+    louder = c.hidden.clone()
+    louder[8:] *= 100
+    again = steer(louder, c.slots, bank=c.bank, gates=c.gates)
+    assert torch.equal(again[:8], whole[:8])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norm_is_preserved_over_the_hidden_dimension(width: int) -> None:
+    """A steered state that grows with every layer ends in repetition."""
+    c = case(32, width)
+    slots = torch.tensor([[3, 5, 2]]).expand(32, 3)
+    got = steer(c.hidden, slots, bank=c.bank)
+    before, after = c.hidden.double().norm(dim=1), got.double().norm(dim=1)
+    assert float(((after - before).abs() / before).max()) <= 1e-6
+    assert not torch.allclose(got, c.hidden)
+
+
+def test_a_shut_gate_does_not_ask_for_the_norm() -> None:
+    """A part that is shut must not rescale what an open one without the wish has added."""
+    c = case(4, 16)
+    slots = torch.tensor([[2, 3]]).expand(4, 2)
+    gates = torch.tensor([[1.0, 0.0]]).expand(4, 2)
+    got = steer(c.hidden, slots, bank=c.bank, gates=gates)
+    assert torch.equal(got, steer(c.hidden, slots[:, :1], bank=c.bank))
+
+
+def test_a_state_steered_to_zero_stays_zero() -> None:
+    """Zero times an infinite ratio is NaN, and one NaN token spoils the whole answer."""
+    c = case(1, 16)
+    hidden = torch.full((1, 16), 100.0)
+    c.bank.rows[c.bank.row_of[3]] = -100.0
+    c.bank.low_of[3] = 0
+    got = steer(hidden, torch.tensor([[3]]), bank=c.bank)
+    assert torch.equal(got, torch.zeros(1, 16))
+
+
+def test_the_switches_only_skip_what_is_not_there() -> None:
+    """`has_low_rank=False` for a batch that has a low-rank part would drop an ablation."""
+    c = case(8, 16)
+    additive = torch.full((8, 3), 2)  # slot 2 has neither a pair nor the wish for the norm
+    full = steer(c.hidden, additive, bank=c.bank)
+    short = steer(c.hidden, additive, bank=c.bank, has_low_rank=False, has_norm=False)
+    assert torch.equal(full, short)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "slots", "gates"),
+    [
+        ((4, 16), (3, 2), None),
+        ((4, 16), (4,), None),
+        ((2, 2, 16), (2, 2), None),
+        ((4, 15), (4, 2), None),
+        ((4, 16), (4, 2), (4, 1)),
+        ((4, 16), (4, 2), (4,)),
+    ],
+)
+def test_shapes_that_do_not_belong_together_are_refused(
+    hidden: tuple, slots: tuple, gates: tuple | None
+) -> None:
+    """Broadcasting a gate or a slot over tokens it was not meant for steers the neighbours."""
+    c = case(4, 16)
+    with pytest.raises(ValueError, match="steer"):
+        steer(
+            torch.zeros(hidden),
+            torch.zeros(slots, dtype=torch.int64),
+            bank=c.bank,
+            gates=None if gates is None else torch.ones(gates),
+        )
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_probe_is_a_logistic_regression(dtype: torch.dtype) -> None:
+    """A probe calibrated on one formula and read by another opens at the wrong tokens."""
+    c = case(6, 16)
+    hidden, direction = c.hidden.to(dtype), torch.randn(6, 16)
+    got = probe(hidden, direction, slope=torch.full((6,), 0.7), intercept=-0.2)
+    logits = 0.7 * (hidden.double() * direction.double()).sum(1) - 0.2
+    assert torch.allclose(got.double(), 1 / (1 + torch.exp(-logits)), atol=1e-6)
+    one = probe(hidden, direction[0], slope=0.7, intercept=-0.2)
+    assert torch.allclose(one[0], got[0], atol=1e-7)
