@@ -58,7 +58,7 @@ def measure(host: SteeredModel, vector: VectorArtifact, name: str, text: list[in
         plan = plan_of(vector, scale)
         scores = answer_logprobs(host, answers, plan=plan)
         margins[scale] = scores[0::2] - scores[1::2]
-        if text:
+        if text and scale >= 0 and scale != 0.5:
             perplexities[scale] = perplexity(host, text, plan=plan)
     means = {scale: float(m.mean()) for scale, m in margins.items()}
     inner = [means[s] for s in SCALES if abs(s) <= 1.0]
@@ -97,7 +97,7 @@ def main() -> None:
     place = Path(os.environ.get("TRIMTAB_DATA", "")) / "wikitext2" / "valid.txt"
     if os.environ.get("TRIMTAB_DATA") and place.exists():
         raw = place.read_text(encoding="utf-8")[: N_TEXT_TOKENS * 8]
-        text = loaded.tokenizer(raw)["input_ids"][:N_TEXT_TOKENS]
+        text = loaded.tokenizer(raw, verbose=False)["input_ids"][:N_TEXT_TOKENS]
     else:
         print("no TRIMTAB_DATA with wikitext2: perplexity is left out", file=sys.stderr)
     rows = []
@@ -124,13 +124,13 @@ def main() -> None:
         f"model={loaded.id} dtype={loaded.dtype} method={args.method} position={args.position} "
         f"normalize={args.normalize} torch={torch.__version__} text_tokens={len(text)}"
     )
-    heads = [f"m({s:g})" for s in SCALES] + [f"ppl({s:g})" for s in SCALES if s > 0]
+    heads = [f"m({s:g})" for s in SCALES] + [f"ppl({s:g})" for s in (1.0, 2.0, 4.0)]
     print(f"{'concept':<12}{'layers':<12}{'dose':>6}{'moved':>7}" + "".join(f"{h:>9}" for h in heads))
     for row in rows:
         layers = row["layers"]
         span = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
         cells = [f"{row['margin'][s]:>+9.3f}" for s in SCALES]
-        cells += [f"{row['rise'][s]:>+9.1%}" if text else f"{'':>9}" for s in SCALES if s > 0]
+        cells += [f"{row['rise'][s]:>+9.1%}" if text else f"{'':>9}" for s in (1.0, 2.0, 4.0)]
         mark = "" if row["is_monotone"] else "  not monotone"
         dose = row["dose"] or 0.0
         print(f"{row['concept']:<12}{span:<12}{dose:>6.3f}{row['moved']:>7.0%}" + "".join(cells) + mark)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerBank:
     """What the op reads at one layer. Slot 0 and row 0 are the null slot and the zero row.
 
@@ -84,8 +84,10 @@ def steer(
     if has_norm:
         asked = bank.norm[slots] if gates is None else bank.norm[slots] & (gates > 0)
         before = h.norm(dim=-1, keepdim=True)
-        after = steered.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        steered = torch.where(asked.any(1, keepdim=True), steered * (before / after), steered)
+        after = steered.norm(dim=-1, keepdim=True)
+        # A state steered to exactly zero has no direction to stretch: it stays zero, not NaN.
+        ratio = torch.where(after > 0, before / after, 1.0)
+        steered = torch.where(asked.any(1, keepdim=True), steered * ratio, steered)
     return steered.to(hidden.dtype)
 
 

@@ -17,10 +17,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from running_server import Served, running
 from toys import llama
 from transformers import PreTrainedModel
 
+from trimtab.serving.engines.transformers.engine import TransformersEngine
+from trimtab.serving.settings import ServerSettings
 from trimtab.steering.model.loading import LoadedModel, load_model
+from trimtab.steering.model.profile import profile_model
+from trimtab.steering.store import Store
+from trimtab.training.steered_model import SteeredModel
+from trimtab.training.vectors.build import build_vector
+from trimtab.training.vectors.pairs import PairSet, concept
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NEEDS = {
@@ -66,3 +74,18 @@ def smollm2() -> LoadedModel:
 def toy_llama() -> PreTrainedModel:
     """A fresh seeded Llama: 2 layers, width 32, 4 heads, 2 key-value heads, vocabulary 128."""
     return llama()
+
+
+@pytest.fixture(scope="session")
+def real_server(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of the real model in float32, with two vectors built from a few bundled pairs."""
+    store = Store(tmp_path_factory.mktemp("real"))
+    profile = profile_model(smollm2.model, model_id="smollm2", tokenizer=smollm2.tokenizer)
+    host = SteeredModel(smollm2, profile)
+    for name in ("warm", "formal"):
+        some = PairSet(name, tuple(concept(name).build[:16]))
+        store.put_vector(build_vector(host, some, id=name, is_calibrated=False))
+    engine = TransformersEngine(lambda: smollm2)
+    settings = ServerSettings(served_model_name="smollm2")
+    with running(engine, store, settings=settings) as served:
+        yield served
