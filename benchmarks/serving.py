@@ -62,7 +62,8 @@ class Arms:
     """The arms to compare, each a function of the number of requests returning tokens / s."""
 
     def __init__(self, engine: TransformersEngine, *, n_tokens: int, most: int) -> None:
-        assert engine.loaded is not None and engine.profile is not None
+        assert engine.loaded is not None
+        assert engine.profile is not None
         self.engine = engine
         self.model = engine.loaded.model
         self.layers = engine.profile.layers
@@ -76,7 +77,7 @@ class Arms:
         self.rows = rows / rows.norm(dim=1, keepdim=True)
         self.layer = n_layers // 2
         self.different = [self._plan({self.layer: 0.1}, i) for i in range(most)]
-        every = {layer: 0.02 for layer in range(n_layers)}
+        every = dict.fromkeys(range(n_layers), 0.02)
         self.heavy = [self._plan(every, i, n_vectors=4, normalize=True) for i in range(most)]
         self.arms: dict[str, Callable[[int], float]] = {
             "generate": self.generate,
@@ -149,10 +150,7 @@ class Arms:
         sampling = SamplingParams(max_tokens=self.n_tokens, temperature=0.0, ignore_eos=True)
         begin = time.perf_counter()
         streams = self.engine.generate(
-            *(
-                Request(f"bench-{i}", self.ids[i], sampling, plan)
-                for i, plan in enumerate(plans)
-            )
+            *(Request(f"bench-{i}", self.ids[i], sampling, plan) for i, plan in enumerate(plans))
         )
 
         async def drain(stream: Any) -> int:

@@ -13,6 +13,7 @@ taken from `wikitext2/valid.txt` in TRIMTAB_DATA), steered against unsteered.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -68,7 +69,7 @@ def measure(host: SteeredModel, vector: VectorArtifact, name: str, text: list[in
         "dose": vector.calibration["knee"]["dose"] if vector.calibration else None,
         "n_held": len(margins[0.0]),
         "moved": float((margins[1.0] > margins[0.0]).float().mean()),
-        "is_monotone": all(b > a for a, b in zip(inner, inner[1:], strict=False)),
+        "is_monotone": all(b > a for a, b in itertools.pairwise(inner)),
         "margin": means,
         "perplexity": perplexities,
         "rise": {s: p / perplexities[0.0] - 1.0 for s, p in perplexities.items()},
@@ -125,7 +126,9 @@ def main() -> None:
         f"normalize={args.normalize} torch={torch.__version__} text_tokens={len(text)}"
     )
     heads = [f"m({s:g})" for s in SCALES] + [f"ppl({s:g})" for s in (1.0, 2.0, 4.0)]
-    print(f"{'concept':<12}{'layers':<12}{'dose':>6}{'moved':>7}" + "".join(f"{h:>9}" for h in heads))
+    print(
+        f"{'concept':<12}{'layers':<12}{'dose':>6}{'moved':>7}" + "".join(f"{h:>9}" for h in heads)
+    )
     for row in rows:
         layers = row["layers"]
         span = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
@@ -133,7 +136,11 @@ def main() -> None:
         cells += [f"{row['rise'][s]:>+9.1%}" if text else f"{'':>9}" for s in (1.0, 2.0, 4.0)]
         mark = "" if row["is_monotone"] else "  not monotone"
         dose = row["dose"] or 0.0
-        print(f"{row['concept']:<12}{span:<12}{dose:>6.3f}{row['moved']:>7.0%}" + "".join(cells) + mark)
+        print(
+            f"{row['concept']:<12}{span:<12}{dose:>6.3f}{row['moved']:>7.0%}"
+            + "".join(cells)
+            + mark
+        )
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 

@@ -15,6 +15,7 @@ dispreferred one's. Damage is measured on text and prompts that have nothing to 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -188,9 +189,7 @@ class _Bench:
         rows = {n: self.units[n] * dose * float(self.norms[n]) for n in layers}
         return additive_plan(rows, normalize=self.normalize)
 
-    def margins(
-        self, plan: Plan | None, pairs: Sequence[tuple[Answer, Answer]]
-    ) -> torch.Tensor:
+    def margins(self, plan: Plan | None, pairs: Sequence[tuple[Answer, Answer]]) -> torch.Tensor:
         scores = answer_logprobs(self.host, [a for pair in pairs for a in pair], plan=plan)
         return scores[0::2] - scores[1::2]
 
@@ -233,7 +232,7 @@ class _Bench:
         """Return what is wrong with scale 1.0, or None."""
         points = {point.scale: point for point in curve}
         inner = [points[s].margin for s in SCALES if abs(s) <= 1.0]
-        if any(b <= a for a, b in zip(inner, inner[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(inner)):
             return "the margin does not rise monotonically from scale -1 to 1"
         if points[1.0].rise > 1.5 * self.budget.max_rise:
             return f"perplexity rises by {points[1.0].rise:.0%} at scale 1"

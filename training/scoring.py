@@ -125,9 +125,7 @@ def generate(
         for _ in range(n_tokens):
             row = torch.tensor([ids[start:]], device=host.device)
             n_new = row.shape[1]
-            with host.under(
-                plan, n_rows=1, n_tokens=n_new, start=start, n_prompt=len(prompt)
-            ):
+            with host.under(plan, n_rows=1, n_tokens=n_new, start=start, n_prompt=len(prompt)):
                 output = host.model(input_ids=row, past_key_values=cache, use_cache=True)
             start, cache = len(ids), output.past_key_values
             logprobs = output.logits[0, -1].float().log_softmax(-1)

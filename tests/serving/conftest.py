@@ -21,6 +21,7 @@ from trimtab.serving.settings import ServerSettings
 from trimtab.steering.artifact import ModelRef
 from trimtab.steering.store import Store
 
+
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
     """Start a server over a fake engine: `serve(engine=..., api_keys=...)`."""

@@ -7,9 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_chat import byte_tokenizer
 
-
 from trimtab.serving.detokenizer import Detokenizer
-
 
 BYTES = byte_tokenizer()
 

@@ -212,9 +212,7 @@ def test_chunked_prefill_and_decoding_equal_one_pass(cuts):
     ids = prompt(2, 18)
     n = len(ids)
     runner, bank = runner_of()
-    (whole,) = runner.run(
-        [Chunk(0, ids, 0, steered_span(bank, plan(3), n, n_prompt=n), n)]
-    )
+    (whole,) = runner.run([Chunk(0, ids, 0, steered_span(bank, plan(3), n, n_prompt=n), n)])
     request = steered_span(bank, plan(3), n, n_prompt=n).request
     pieces = []
     for start, stop in zip((0, *cuts), (*cuts, n), strict=True):
@@ -354,7 +352,8 @@ def test_a_request_without_a_slot_waits_and_is_then_steered():
         together = await asyncio.gather(*map(drain, engine.generate(*requests)))
         assert [t for t, _ in together] == solo
         for _, last in together:
-            assert last.steering is not None and last.steering["steered_tokens"] > 12
+            assert last.steering is not None
+            assert last.steering["steered_tokens"] > 12
 
     on_engine(use, max_slots=2)
 
@@ -401,9 +400,12 @@ def test_prompt_logprobs_equal_a_plain_forward():
         (stream,) = engine.generate(Request("r", ids, sampling))
         deltas = [delta async for delta in stream]
         await drain(busy)
-        assert len(deltas) == 1 and deltas[0].token_ids == ()
+        assert len(deltas) == 1
+        assert deltas[0].token_ids == ()
         scored = deltas[0].prompt_logprobs
-        assert scored is not None and scored[0] is None and len(scored) == len(ids)
+        assert scored is not None
+        assert scored[0] is None
+        assert len(scored) == len(ids)
         assert [s.chosen.logprob for s in scored[1:] if s] == pytest.approx(own, abs=1e-4)
         assert [s.chosen.token_id for s in scored[1:] if s] == list(ids[1:])
 
@@ -419,7 +421,8 @@ def test_an_end_token_stops_and_is_not_shown():
         forced = SamplingParams(max_tokens=5, temperature=0.0, logit_bias={end: 100.0})
         tokens, last = await drain(engine.generate(Request("r", prompt(0), forced))[0])
         assert tokens == [end]
-        assert last.finish_reason is FinishReason.STOP and last.text == ""
+        assert last.finish_reason is FinishReason.STOP
+        assert last.text == ""
 
     on_engine(use, loaded=loaded)
 

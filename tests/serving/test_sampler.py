@@ -45,7 +45,9 @@ def close(counts: Counter[int], probabilities: dict[int, float], n: int = 4000) 
 def test_temperature_scales_the_distribution():
     """Catches multiplying by the temperature, or ignoring it."""
     row = logits()
-    close(draws(SamplingParams(temperature=0.5, seed=1), row), expected(row, set(range(VOCAB)), 0.5))
+    close(
+        draws(SamplingParams(temperature=0.5, seed=1), row), expected(row, set(range(VOCAB)), 0.5)
+    )
 
 
 def test_top_k_keeps_exactly_the_k_best():
@@ -117,7 +119,9 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
 def test_logit_bias_moves_a_greedy_choice():
     """Catches applying the bias only when sampling."""
     row = logits(6)
-    assert choose(row, [SamplerState.of(SamplingParams(temperature=0, logit_bias={7: 100}), [])]) == [7]
+    assert choose(
+        row, [SamplerState.of(SamplingParams(temperature=0, logit_bias={7: 100}), [])]
+    ) == [7]
 
 
 def test_logprobs_are_the_models_own_and_ranked():

@@ -226,13 +226,13 @@ def test_a_writer_killed_at_any_moment_leaves_a_readable_file(tmp_path: Path) ->
     files = []
     for i in range(2):
         files.append(tmp_path / f"source-{i}")
-        files[i].write_bytes(to_bytes(made(size=float(i + 1), width=100_000)))
+        files[i].write_bytes(to_bytes(made(size=float(i + 1), width=1_000_000)))
     path = tmp_path / "store" / "vectors" / "warm.safetensors"
     for _ in range(4):
         writer = child(WRITER, str(path), *map(str, files))
         assert writer.stdout is not None
         assert writer.stdout.readline() == "writing\n"
-        # Some writes later, at no particular point of one: the kill is what is under test.
+        # Killed as soon as a change shows: in the middle of it, were it made in place.
         seen: set[int] = set()
         while len(seen) < 3 and writer.poll() is None:
             try:

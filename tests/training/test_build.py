@@ -81,7 +81,10 @@ def test_calibration_chooses_a_dose_within_the_budget(host):
 def test_calibration_prefers_the_layer_where_the_direction_works(host):
     """Catches a choice that ignores the measured effect."""
     pairs = [
-        (answer_of(host.tokenizer, p.prompt, p.preferred), answer_of(host.tokenizer, p.prompt, p.dispreferred))
+        (
+            answer_of(host.tokenizer, p.prompt, p.preferred),
+            answer_of(host.tokenizer, p.prompt, p.dispreferred),
+        )
         for p in toy_pairs().build
     ]
     useful = build_vector(host, toy_pairs(), id="v", is_calibrated=False).directions

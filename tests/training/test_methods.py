@@ -12,7 +12,9 @@ from trimtab.training.vectors.registry import ALIASES, METHODS, describe, make
 N, LAYERS, WIDTH = 80, 3, 16
 
 
-def planted(*, noise: float = 0.3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def planted(
+    *, noise: float = 0.3, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states whose sides differ along one unit direction a layer."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(LAYERS, WIDTH, generator=generator)
@@ -67,7 +69,10 @@ def test_mass_mean_turns_away_from_noisy_dimensions():
     """Catches a mass-mean that is the plain difference under another name."""
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(2, 400, 1, 2, generator=generator) * torch.tensor([5.0, 0.5])
-    preferred, dispreferred = noise[0] + torch.tensor([1.0, 1.0]), noise[1] - torch.tensor([1.0, 1.0])
+    preferred, dispreferred = (
+        noise[0] + torch.tensor([1.0, 1.0]),
+        noise[1] - torch.tensor([1.0, 1.0]),
+    )
     plain = make("mean_difference").fit(preferred, dispreferred)[0]
     tilted = make("mass_mean").fit(preferred, dispreferred)[0]
     assert tilted[1] / tilted[0] > 10 * plain[1] / plain[0]

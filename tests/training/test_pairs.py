@@ -79,7 +79,8 @@ def test_texts_without_a_prompt(tmp_path):
     assert len(pairs.held) > 4
     assert len(pairs.build) > 20
     fit, calibration = pairs.fit_and_calibration()
-    assert fit and calibration
+    assert fit
+    assert calibration
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,7 @@ def plan(size: float = 3.0) -> Plan:
     return additive_plan({0: row * size / row.norm()})
 
 
-ANSWERS = [
-    Answer(tuple((3 * i + 7 * j) % 90 for j in range(6 + 5 * i)), 3 + i) for i in range(5)
-]
+ANSWERS = [Answer(tuple((3 * i + 7 * j) % 90 for j in range(6 + 5 * i)), 3 + i) for i in range(5)]
 
 
 def hidden_directly(host: SteeredModel, ids, row=None, layer: int = 0):
@@ -59,7 +57,9 @@ def test_answer_logprobs_equal_a_naive_loop(host, steer):
     scores = answer_logprobs(host, ANSWERS, plan=the_plan)
     for answer, score in zip(ANSWERS, scores, strict=True):
         logprobs = hidden_directly(host, answer.ids, row).logits[0].log_softmax(-1)
-        own = [float(logprobs[t - 1, answer.ids[t]]) for t in range(answer.n_prompt, len(answer.ids))]
+        own = [
+            float(logprobs[t - 1, answer.ids[t]]) for t in range(answer.n_prompt, len(answer.ids))
+        ]
         assert float(score) == pytest.approx(sum(own) / len(own), abs=1e-4)
 
 

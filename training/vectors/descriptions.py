@@ -47,9 +47,9 @@ def pairs_from_descriptions(
     questions += [(q, True) for q in neutral_questions(split="held")]
     pairs, n_equal = [], 0
     for i, (question, is_held) in enumerate(questions):
-        answers = [_answer(host, style, question) for style in (preferred, dispreferred)]
-        if all(answers) and answers[0] != answers[1]:
-            pairs.append(Pair(question, *answers, is_held))
+        one, other = (_answer(host, style, question) for style in (preferred, dispreferred))
+        if one and other and one != other:
+            pairs.append(Pair(question, one, other, is_held))
         else:
             n_equal += 1
         if progress is not None:

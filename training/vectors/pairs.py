@@ -151,9 +151,7 @@ def _pair_set(lines: Iterable[str], *, name: str) -> PairSet:
 
 def split(pairs: Sequence[Pair], *, name: str) -> PairSet:
     """Return pairs as a set with a third of the prompts held, chosen by hash."""
-    rows = [
-        Pair(p.prompt, p.preferred, p.dispreferred, _is_held(p.__dict__)) for p in pairs
-    ]
+    rows = [Pair(p.prompt, p.preferred, p.dispreferred, _is_held(p.__dict__)) for p in pairs]
     return PairSet(name, tuple(rows))
 
 

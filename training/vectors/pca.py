@@ -50,7 +50,9 @@ class PCA:
             rows = difference * signs[:, None, None]
         directions = torch.stack(
             [
-                torch.from_numpy(SkPCA(n_components=1, random_state=0).fit(x.numpy()).components_[0])
+                torch.from_numpy(
+                    SkPCA(n_components=1, random_state=0).fit(x.numpy()).components_[0]
+                )
                 for x in rows.unbind(1)
             ]
         ).float()

@@ -49,7 +49,9 @@ def fit_probes(directions: torch.Tensor, fit: torch.Tensor, test: torch.Tensor) 
     return Probes(torch.tensor(table, dtype=torch.float32), best, tuple(accuracies))
 
 
-def _projections(states: torch.Tensor, layer: int, unit: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _projections(
+    states: torch.Tensor, layer: int, unit: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
     projected = states[:, :, layer] @ unit  # [n, 2]
     x = projected.T.reshape(-1).double().numpy()
     return x, np.repeat([1, 0], len(states))

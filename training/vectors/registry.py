@@ -68,7 +68,7 @@ def make(name: str, options: dict[str, Any] | None = None) -> Method:
         DataError: unknown option or a value of the wrong kind.
     """
     kind = method_class(name)
-    defaults = {f.name: f.default for f in fields(kind)}
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(kind)}
     given: dict[str, Any] = {}
     for key, value in (options or {}).items():
         if key not in defaults:

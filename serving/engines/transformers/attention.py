@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def _attend(
     keys, values = batch.kv.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
     out = query.new_empty(1, n_tokens, n_heads, value.shape[3])
     n = batch.n_decode
-    extra = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    attend = partial(_softmax_attention, scale=scaling, softcap=softcap, sinks=s_aux)
     if n:
         k_new, v_new = key[0, :, :n].transpose(0, 1), value[0, :, :n].transpose(0, 1)
         if n == 1:
@@ -123,12 +124,11 @@ def _attend(
             keys[batch.rows, :, batch.positions] = k_new
             values[batch.rows, :, batch.positions] = v_new
         where = slice(batch.first, batch.first + n) if batch.block else batch.rows
-        attended = _softmax_attention(
+        attended = attend(
             query[0, :, :n].transpose(0, 1).unsqueeze(2),
             keys[where][:, :, : batch.longest],
             values[where][:, :, : batch.longest],
             mask=batch.decode_mask(sliding_window),
-            **extra,
         )
         out[0, :n] = attended.squeeze(2)
     for segment in batch.segments:
@@ -137,13 +137,12 @@ def _attend(
         keys[segment.row, :, segment.position : end] = key[0, :, tokens]
         values[segment.row, :, segment.position : end] = value[0, :, tokens]
         mask = _segment_mask(segment, end, sliding_window, device=query.device)
-        attended = _softmax_attention(
+        attended = attend(
             query[:, :, tokens],
             keys[segment.row : segment.row + 1, :, :end],
             values[segment.row : segment.row + 1, :, :end],
             mask=mask,
             is_causal=mask is None,
-            **extra,
         )
         out[0, tokens] = attended[0].transpose(0, 1)
     return out, None
@@ -182,7 +181,13 @@ def _softmax_attention(
     groups = n_heads // key.shape[1]
     if softcap is not None or sinks is not None:
         return _eager_attention(
-            query, key, value, mask=mask, scale=scale, softcap=softcap, sinks=sinks,
+            query,
+            key,
+            value,
+            mask=mask,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
             is_causal=is_causal,
         )
     if n_query == 1 and groups > 1:

@@ -158,9 +158,7 @@ class Batcher:
         following = sequence.ids[chunk.start + 1 : chunk.start + 1 + len(chunk.ids)]
         following = following[: max(0, sequence.n_prompt - 1 - chunk.start)]
         if following:
-            scored = token_logprobs(
-                logits[: len(following)], following, top=top, text=self.text
-            )
+            scored = token_logprobs(logits[: len(following)], following, top=top, text=self.text)
             sequence.prompt_logprobs.extend(scored)
 
     # --- choosing

@@ -258,8 +258,9 @@ class TransformersEngine:
                 "model's own logits"
             )
             choices["context"] = f"{context} tokens a sequence" + (
-                "" if context == profile.max_context else
-                f" of the model's {profile.max_context}: what {budget / 2**30:.1f} GiB of cache "
+                ""
+                if context == profile.max_context
+                else f" of the model's {profile.max_context}: what {budget / 2**30:.1f} GiB of cache "
                 f"allow {n_rows} sequences"
             )
             return packed, context

@@ -27,7 +27,7 @@ class KVRows:
     def layer(
         self, index: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a layer's key and value rows, shaped after `key` and `value` `[1, heads, t, d]`."""
+        """Return a layer's rows, shaped after `key` and `value` `[1, heads, t, d]`."""
         rows = self._layers.get(index)
         if rows is None:
             rows = (self._new(key), self._new(value))

@@ -17,6 +17,7 @@ from trimtab.serving.engines.transformers.attention import (
 )
 from trimtab.serving.engines.transformers.kv import KVRows
 from trimtab.steering.bank import Bank
+from trimtab.steering.model.decoder import text_config
 from trimtab.steering.model.hooks import steered
 from trimtab.steering.step import Span, SteerStep
 
@@ -183,7 +184,7 @@ def packing_problem(packed: PackedRunner) -> str | None:
     model run on each alone. This decides by the numbers, not by a list of architectures.
     """
     model, none = packed.model, Span(0)
-    vocab = int(model.config.get_text_config(decoder=True).vocab_size)
+    vocab = int(text_config(model).vocab_size)
     ids = [[(11 * i + 3 * j) % vocab for i in range(1, 9 + 4 * j)] for j in range(2)]
     try:
         prefill = packed.run([Chunk(j, x[:-1], 0, none, 1) for j, x in enumerate(ids)])
@@ -193,8 +194,8 @@ def packing_problem(packed: PackedRunner) -> str | None:
     for j, x in enumerate(ids):
         own = model(input_ids=torch.tensor([x], device=packed.device)).logits[0, -2:].float()
         ours = torch.cat([prefill[j], decode[j]]).float()
-        error = float((ours - own).pow(2).mean().sqrt() / own.std().clamp_min(1e-6))
+        apart = float((ours - own).pow(2).mean().sqrt() / own.std().clamp_min(1e-6))
         bound = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
-        if not error < bound:
-            return f"packed logits differ from the model's own by {error:.2g} of their spread"
+        if not apart < bound:
+            return f"packed logits differ from the model's own by {apart:.2g} of their spread"
     return None

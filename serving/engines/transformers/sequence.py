@@ -118,8 +118,10 @@ class Sequence:
             if part.gate.per_prompt:
                 gate["fired"] = bool(state.latched.get(i)) if state else False
             else:
-                considered = state.n_considered if state else 0
-                gate["fired"] = round(state.n_steered / considered, 4) if considered else 0.0
+                share = (
+                    state.n_steered / state.n_considered if state and state.n_considered else 0.0
+                )
+                gate["fired"] = round(share, 4)
             gates.append(gate)
         return {"steered_tokens": state.n_steered if state else 0, "gates": gates}
 
