@@ -9,8 +9,9 @@ from typing import Any
 from trimtab.serving.body import parse_json
 from trimtab.serving.errors import RequestError
 from trimtab.serving.state import ServerState
+from trimtab.steering.compile import compile_plan
 from trimtab.steering.errors import NotFoundError, SpecError, TrimtabError, did_you_mean
-from trimtab.steering.plan import Plan, compile_plan
+from trimtab.steering.plan import Plan
 from trimtab.steering.spec import MAX_TERMS, AblateTerm, SteeringSpec, VectorTerm, parse_spec
 
 # Stands for the joined spec in error paths until they are mapped back; no client text holds it.

@@ -11,7 +11,7 @@ from trimtab.serving.engines.base import Engine, EngineInfo
 from trimtab.serving.lifecycle import Lifecycle
 from trimtab.serving.metrics import Metrics
 from trimtab.serving.settings import ServerSettings
-from trimtab.steering.plan import Limits
+from trimtab.steering.compile import Limits
 from trimtab.steering.store import Store
 
 

@@ -78,6 +78,7 @@ class Bank:
         self._free_low = list(range(max_low_rank, 0, -1))
         self._slot_of: dict[str, int] = {}
         self._held: dict[int, _Held] = {}
+        self._leases: set[Lease] = set()
         self.max_rows = max_rows
         self.max_low_rank = max_low_rank
 
@@ -129,10 +130,19 @@ class Bank:
                 slot = self._write(part)
             self._held[slot].count += 1
             slots.append(slot)
-        return Lease(plan, tuple(slots))
+        lease = Lease(plan, tuple(slots))
+        self._leases.add(lease)
+        return lease
 
     def release(self, lease: Lease) -> None:
-        """Let go of a lease; a slot nobody holds any more is cleared."""
+        """Let go of a lease; a slot nobody holds any more is cleared.
+
+        Raises:
+            ValueError: the lease is not held, as after a first release.
+        """
+        if lease not in self._leases:
+            raise ValueError("this lease is not held; was it released before?")
+        self._leases.remove(lease)
         for slot in lease.slots:
             held = self._held[slot]
             held.count -= 1

@@ -20,7 +20,7 @@ SCALE_ALIASES = ("strength", "alpha", "coeff", "coefficient", "multiplier")
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 ArtifactId = Annotated[str, Field(pattern=ID_PATTERN, description="Name of a stored artifact")]
-Scale = Annotated[float, Field(allow_inf_nan=False)]
+Scale = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Layers = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1, max_length=512)]
 Count = Annotated[int, Field(ge=0, le=1_000_000, strict=True)]
 

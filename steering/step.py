@@ -25,15 +25,21 @@ class SteeredRequest:
         lease: its slots.
         n_prompt: length of its prompt in tokens.
         latched: decision of each per-prompt gate, by part index.
-        n_steered: tokens changed so far (gate open and inside the window).
-        n_considered: tokens inside a window so far, open or not.
+        n_steered: tokens changed so far (inside a window and its gate open).
+        n_inside: tokens inside each part's window so far, gate open or not.
+        n_open: of those, the ones at which the gate was open.
     """
 
     lease: Lease
     n_prompt: int
     latched: dict[int, float] = field(default_factory=dict)
     n_steered: int = 0
-    n_considered: int = 0
+    n_inside: list[int] = field(default_factory=list)
+    n_open: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.n_inside = [0] * len(self.lease.slots)
+        self.n_open = [0] * len(self.lease.slots)
 
 
 @dataclass(frozen=True)
@@ -193,5 +199,7 @@ class SteerStep:
         if self._gates is not None:
             opened = inside & (self._gates > 0).cpu().numpy()
         for tokens, request in self._requests:
-            request.n_considered += int(inside[tokens].any(1).sum())
             request.n_steered += int(opened[tokens].any(1).sum())
+            for part in range(len(request.lease.slots)):
+                request.n_inside[part] += int(inside[tokens, part].sum())
+                request.n_open[part] += int(opened[tokens, part].sum())

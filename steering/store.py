@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from trimtab.steering.spec import ID_PATTERN, SteeringSpec, parse_spec
 _ID = re.compile(ID_PATTERN)
 _SUFFIX = {"vectors": ".safetensors", "presets": ".json"}
 MAX_ENTRIES = 4096
+_STALE_S = 3600.0
 
 
 def check_id(name: str, *, param: str | None = None) -> str:
@@ -83,7 +85,15 @@ class Store:
         self._stamps: dict[Path, tuple[int, int, int]] = {}
         self._vectors: dict[str, VectorArtifact] = {}
         self._presets: dict[str, SteeringSpec] = {}
+        self._sweep()
         self.refresh()
+
+    def _sweep(self) -> None:
+        """Remove what a killed writer left behind, once nobody can still be writing it."""
+        for path in self.folder.glob("*/.tmp-*"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    path.unlink()
 
     def refresh(self) -> None:
         """Read what has changed on disk. A file that cannot be read lands in `problems`."""

@@ -69,7 +69,7 @@ def _lasting(facts: Any) -> Any:
     return facts
 
 
-def profile_model(model: nn.Module, *, model_id: str, tokenizer: Any = None) -> ModelProfile:
+def profile_model(model: Any, *, model_id: str, tokenizer: Any = None) -> ModelProfile:
     """Measure a loaded model.
 
     Args:
@@ -95,7 +95,7 @@ def profile_model(model: nn.Module, *, model_id: str, tokenizer: Any = None) -> 
         ref=ModelRef(
             id=model_id,
             fingerprint=fingerprint(model),
-            model_type=config.model_type,
+            model_type=model.config.model_type,
             hidden_size=config.hidden_size,
             n_layers=len(layers),
         ),

@@ -466,3 +466,36 @@ def test_a_model_that_cannot_load_fails_the_start():
 
     with pytest.raises(OSError, match="no such weights"):
         asyncio.run(TransformersEngine(broken).start())
+
+
+@torch.inference_mode()
+def test_a_broken_sequence_leaves_no_nan_for_its_neighbours():
+    """Catches NaN in a cache row reaching a shorter neighbour: weight 0 times NaN is NaN."""
+    runner, bank = runner_of(n_rows=2)
+    ids = prompt(1, 30)
+    n = len(ids)
+    broken = steered_span(bank, additive_plan({0: torch.full((32,), torch.nan)}), n, n_prompt=n)
+    runner.run([Chunk(1, ids, 0, broken, 1)])
+    runner.free(1, n, is_broken=True)
+    long, short = prompt(2, 40), prompt(3, 4)
+    runner.run([Chunk(0, long, 0, Span(len(long)), 1), Chunk(1, short, 0, Span(len(short)), 1)])
+    first, second = runner.run(
+        [
+            Chunk(0, [5], len(long), Span(1, len(long)), 1),
+            Chunk(1, [5], len(short), Span(1, len(short)), 1),
+        ]
+    )
+    assert first.isfinite().all()
+    assert second.isfinite().all()
+
+
+def test_the_cache_starts_clean():
+    """Catches a cache of uninitialised memory, where a masked key may be NaN."""
+    kv = KVRows(n_rows=3, max_tokens=7)
+    for layer, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
+        like = torch.ones(1, 2, 1, 4, dtype=dtype)
+        keys, values = kv.layer(layer, like, like)
+        assert keys.shape == (3, 2, 7, 4)
+        assert keys.dtype == dtype
+        assert not keys.any()
+        assert not values.any()

@@ -21,8 +21,9 @@ from hypothesis.stateful import (
 from trimtab.kernels import steer
 from trimtab.steering.artifact import ModelRef, VectorArtifact
 from trimtab.steering.bank import Bank, Lease
+from trimtab.steering.compile import Limits, compile_plan
 from trimtab.steering.errors import SpecError
-from trimtab.steering.plan import Limits, Plan, additive_plan, compile_plan
+from trimtab.steering.plan import Plan, additive_plan
 from trimtab.steering.spec import parse_spec
 
 WIDTH, N_LAYERS = 8, 3
@@ -181,9 +182,9 @@ def test_a_full_bank_returns_none_and_changes_nothing(sizes: dict, first: int, s
     before = snapshot(b)
     assert b.acquire(PLANS[second]) is None
     assert snapshot(b) == before
-    assert b.acquire(PLANS[first]) is not None  # shared, so it takes no room
+    again = held(b, PLANS[first])  # shared, so it takes no room
     b.release(lease)
-    b.release(lease)
+    b.release(again)
     check_steers(b, held(b, PLANS[second]))
 
 
@@ -293,3 +294,16 @@ class BankWalk(RuleBasedStateMachine):
 
 TestBankWalk = BankWalk.TestCase
 TestBankWalk.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+
+def test_a_second_release_is_refused():
+    """Catches a double release that frees the slot of another request with the same plan."""
+    bank = Bank(n_layers=2, hidden_size=4)
+    plan = additive_plan({0: torch.ones(4)})
+    first, second = bank.acquire(plan), bank.acquire(plan)
+    assert first is not None
+    assert second is not None
+    bank.release(first)
+    with pytest.raises(ValueError, match="not held"):
+        bank.release(first)
+    assert bank.n_live == 1

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from trimtab.steering.artifact import ModelRef, VectorArtifact
+from trimtab.steering.compile import Limits, compile_plan
 from trimtab.steering.errors import DoseError, NotFoundError, SpecError, TrimtabError
-from trimtab.steering.plan import MAX_PARTS, MAX_RANK, Limits, Plan, additive_plan, compile_plan
+from trimtab.steering.plan import MAX_PARTS, MAX_RANK, Plan, additive_plan
 from trimtab.steering.spec import parse_spec
 
 WIDTH, N_LAYERS = 8, 4

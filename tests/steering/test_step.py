@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from trimtab.steering.artifact import ModelRef, VectorArtifact
 from trimtab.steering.bank import Bank
-from trimtab.steering.plan import Limits, Plan, compile_plan
+from trimtab.steering.compile import Limits, compile_plan
+from trimtab.steering.plan import Plan
 from trimtab.steering.spec import parse_spec
 from trimtab.steering.step import Span, SteeredRequest, SteerStep
 
@@ -243,7 +244,7 @@ def test_windows_do_not_depend_on_the_chunks(
     whole = SteeredRequest(lease, n_prompt)
     one = passed(SteerStep(bank, [Span(10, 0, whole, marks)]), hidden)
     assert (one != hidden).any(1).tolist() == expected
-    assert whole.n_considered == whole.n_steered == sum(expected)
+    assert whole.n_inside == [whole.n_steered] == [sum(expected)]
     cuts = [0, *sorted(data.draw(st.sets(st.integers(1, 9)))), 10]
     chunked = SteeredRequest(lease, n_prompt)
     pieces = [
@@ -254,7 +255,7 @@ def test_windows_do_not_depend_on_the_chunks(
         for at, end in itertools.pairwise(cuts)
     ]
     assert torch.equal(torch.cat(pieces), one)
-    assert (chunked.n_considered, chunked.n_steered) == (whole.n_considered, whole.n_steered)
+    assert (chunked.n_inside, chunked.n_steered) == (whole.n_inside, whole.n_steered)
 
 
 def test_parts_of_one_request_have_their_own_windows(bank: Bank) -> None:
@@ -314,8 +315,9 @@ def test_a_token_gate_matches_the_formula(bank: Bank, side: str, sign: int, laye
     assert torch.allclose(got[4:], expected, atol=1e-6)
     assert torch.equal(got[4:][~is_open], hidden[4:][~is_open])
     assert torch.allclose(got[:4], hidden[:4] + SHELF.vector("c").row(1), atol=1e-6)
-    assert (request.n_considered, request.n_steered) == (36, int(is_open.sum()))
-    assert (other.n_considered, other.n_steered) == (4, 4)
+    assert (request.n_inside, request.n_steered) == ([36], int(is_open.sum()))
+    assert request.n_open == [request.n_steered]
+    assert (other.n_inside, other.n_open, other.n_steered) == ([4], [4], 4)
 
 
 def test_a_gate_reads_the_states_before_its_own_steering(bank: Bank) -> None:

@@ -317,3 +317,16 @@ def test_a_stored_preset_is_plain_json(tmp_path: Path) -> None:
     Store(tmp_path).put_preset("mild", parse_spec("0.5 warm"))
     body = json.loads((tmp_path / "presets" / "mild.json").read_text())
     assert body == {"vectors": [{"id": "warm", "scale": 0.5}]}
+
+
+def test_what_a_killed_writer_left_is_swept_when_it_is_old(tmp_path):
+    """Catches temporary files that pile up, and sweeping one that is being written."""
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    old, new = folder / ".tmp-old", folder / ".tmp-new"
+    for path in (old, new):
+        path.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    Store(tmp_path)
+    assert not old.exists()
+    assert new.exists()

@@ -103,7 +103,7 @@ def _build_if_missing(server: LocalServer) -> None:
             progress=lambda name, done, total: stage(name.capitalize(), done, total),
         )
     server.store.put_vector(vector)
-    say(f"Built and stored in {time.perf_counter() - began:.1f} s.")
+    say(f"Built and stored in {time.perf_counter() - began:.1f} s: {stage.spent()}.")
 
 
 def _process_start() -> float:

@@ -157,6 +157,7 @@ def build(
     seconds = time.perf_counter() - began
     at = spans(vector.default_layers)
     say(f"Built {name} from {len(pairs.pairs)} pairs in {seconds:.0f} s; it steers at {at}.")
+    say(f"Time spent: {stage.spent()}.")
     option = "" if model == DEFAULT_MODEL_ID else f" --model {shlex.quote(model)}"
     next_steps(
         f"trimtab vectors show {name}{option}",

@@ -231,7 +231,10 @@ class Batcher:
     ) -> None:
         """Take a sequence out of the batch and close the gap it leaves in the cache."""
         row, last = sequence.row, self.running[-1]
-        self.runner.free(row)
+        # A failed step may have written the chunk it failed on; nothing longer than the prompt or
+        # one token beyond what is done.
+        n_written = max(sequence.done + 1, sequence.n_prompt)
+        self.runner.free(row, n_written, is_broken=error is not None)
         if last is not sequence:
             self.runner.move(last.row, row, last.done)
             last.row = row

@@ -257,12 +257,12 @@ class TransformersEngine:
                 f"packed: up to {n_rows} sequences in one forward pass; checked against the "
                 "model's own logits"
             )
-            choices["context"] = f"{context} tokens a sequence" + (
-                ""
-                if context == profile.max_context
-                else f" of the model's {profile.max_context}: what {budget / 2**30:.1f} GiB of cache "
-                f"allow {n_rows} sequences"
-            )
+            choices["context"] = f"{context} tokens a sequence"
+            if context < profile.max_context:
+                choices["context"] += (
+                    f" of the model's {profile.max_context}: {budget / 2**30:.1f} GiB of cache "
+                    f"hold {n_rows} such sequences"
+                )
             return packed, context
         choices["batching"] = f"one sequence at a time: {problem}"
         choices["context"] = f"{profile.max_context} tokens a sequence"

@@ -2,10 +2,16 @@
 
 Memory is reserved once. On the CPU the operating system commits pages only when they are written,
 so an unused row costs nothing; on an accelerator the whole reservation is real.
+
+The cache must never hold NaN or infinity, not even where nobody looks: a masked key has weight 0,
+and 0 times NaN is NaN. So it starts as zeros, and a broken sequence's row is wiped.
 """
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 
@@ -36,7 +42,17 @@ class KVRows:
 
     def _new(self, like: torch.Tensor) -> torch.Tensor:
         shape = (self.n_rows, like.shape[1], self.max_tokens, like.shape[3])
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        if like.device.type != "cpu":
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        # numpy asks the system for zeroed pages; torch.zeros would write, and so commit, them all.
+        n_bytes = math.prod(shape) * like.dtype.itemsize
+        return torch.from_numpy(np.zeros(n_bytes, dtype=np.uint8)).view(like.dtype).view(shape)
+
+    def wipe(self, row: int, n_tokens: int) -> None:
+        """Overwrite the first tokens of a row with zeros."""
+        for keys, values in self._layers.values():
+            keys[row, :, :n_tokens] = 0
+            values[row, :, :n_tokens] = 0
 
     def move(self, source: int, target: int, n_tokens: int) -> None:
         """Copy the first tokens of one row over another."""

@@ -51,8 +51,8 @@ class Runner(Protocol):
         """Return each chunk's logits, `[n_logits, vocab]`."""
         ...
 
-    def free(self, row: int) -> None:
-        """Forget a row's sequence."""
+    def free(self, row: int, n_tokens: int, *, is_broken: bool) -> None:
+        """Forget a row's sequence of `n_tokens`, whose states may not be finite if it broke."""
         ...
 
     def move(self, source: int, target: int, n_tokens: int) -> None:
@@ -125,8 +125,10 @@ class PackedRunner:
             at += chunks[i].n_logits
         return results
 
-    def free(self, row: int) -> None:
-        """Nothing to do: a row is overwritten by its next sequence."""
+    def free(self, row: int, n_tokens: int, *, is_broken: bool) -> None:
+        """Wipe a broken sequence's row; any other is overwritten by its next sequence."""
+        if is_broken:
+            self.kv.wipe(row, n_tokens)
 
     def move(self, source: int, target: int, n_tokens: int) -> None:
         """Copy the sequence's keys and values."""
@@ -167,7 +169,7 @@ class SoloRunner:
         logits: torch.Tensor = output.logits[0]
         return logits[logits.shape[0] - chunk.n_logits :]
 
-    def free(self, row: int) -> None:
+    def free(self, row: int, n_tokens: int, *, is_broken: bool) -> None:
         """Drop the sequence's cache."""
         self._caches.pop(row, None)
 

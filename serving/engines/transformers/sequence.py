@@ -118,10 +118,8 @@ class Sequence:
             if part.gate.per_prompt:
                 gate["fired"] = bool(state.latched.get(i)) if state else False
             else:
-                share = (
-                    state.n_steered / state.n_considered if state and state.n_considered else 0.0
-                )
-                gate["fired"] = round(share, 4)
+                n_inside = state.n_inside[i] if state else 0
+                gate["fired"] = round(state.n_open[i] / n_inside, 4) if state and n_inside else 0.0
             gates.append(gate)
         return {"steered_tokens": state.n_steered if state else 0, "gates": gates}
 
