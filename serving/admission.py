@@ -10,11 +10,11 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from trimtab.serving.answer import Answer
 from trimtab.serving.engines.base import Request
 from trimtab.serving.event_stream import EventStream, as_json
 from trimtab.serving.generation import Generation, or_gone
-from trimtab.serving.generation_request import GenerationRequest
+from trimtab.serving.openai.answer import Answer
+from trimtab.serving.openai.generation_request import GenerationRequest
 from trimtab.serving.request_plan import preset_of, request_plan
 from trimtab.serving.state import ServerState
 from trimtab.steering.plan import Plan

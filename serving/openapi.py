@@ -10,8 +10,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from trimtab.serving.chat_request import ChatRequest, TextPart
-from trimtab.serving.completion_request import CompletionRequest
+from trimtab.serving.openai.chat_request import ChatRequest, TextPart
+from trimtab.serving.openai.completion_request import CompletionRequest
 from trimtab.serving.state import ServerState
 from trimtab.steering.spec import SteeringSpec
 

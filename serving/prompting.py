@@ -7,8 +7,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from trimtab.serving.chat_request import Message
 from trimtab.serving.errors import RequestError
+from trimtab.serving.openai.chat_request import Message
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:

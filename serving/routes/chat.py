@@ -9,10 +9,10 @@ from starlette.responses import Response
 
 from trimtab.serving.admission import admit, answered, sequences
 from trimtab.serving.body import read_object
-from trimtab.serving.chat_answer import ChatAnswer
-from trimtab.serving.chat_request import EXAMPLES, ChatRequest
 from trimtab.serving.errors import RequestError
-from trimtab.serving.generation_request import read_request
+from trimtab.serving.openai.chat_answer import ChatAnswer
+from trimtab.serving.openai.chat_request import EXAMPLES, ChatRequest
+from trimtab.serving.openai.generation_request import read_request
 from trimtab.serving.openapi import json_body, ref
 from trimtab.serving.prompting import chat_ids
 from trimtab.serving.state import Server

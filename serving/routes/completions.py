@@ -11,10 +11,10 @@ from starlette.responses import Response
 
 from trimtab.serving.admission import admit, answered, sequences
 from trimtab.serving.body import read_object
-from trimtab.serving.completion_answer import CompletionAnswer, Prompt
-from trimtab.serving.completion_request import EXAMPLES, CompletionRequest, read_prompts
 from trimtab.serving.engines.base import ContextLengthError
-from trimtab.serving.generation_request import read_request
+from trimtab.serving.openai.completion_answer import CompletionAnswer, Prompt
+from trimtab.serving.openai.completion_request import EXAMPLES, CompletionRequest, read_prompts
+from trimtab.serving.openai.generation_request import read_request
 from trimtab.serving.openapi import json_body, ref
 from trimtab.serving.prompting import text_ids
 from trimtab.serving.state import Server

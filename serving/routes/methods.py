@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from trimtab.serving.openai_list import list_response
+from trimtab.serving.openai.openai_list import list_response
 
 router = APIRouter(prefix="/v1/steering/methods", tags=["steering"])
 

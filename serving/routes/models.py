@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from trimtab.serving.event_stream import as_json
-from trimtab.serving.openai_list import list_response
+from trimtab.serving.openai.openai_list import list_response
 from trimtab.serving.request_plan import preset_of
 from trimtab.serving.state import Server, ServerState
 

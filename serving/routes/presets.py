@@ -11,14 +11,14 @@ from starlette.responses import JSONResponse, Response
 
 from trimtab.serving.body import read_json, read_object
 from trimtab.serving.errors import RequestError
-from trimtab.serving.generation_request import STEERING_SCHEMA
 from trimtab.serving.keys import require_admin
-from trimtab.serving.openai_list import deleted_response, list_response
+from trimtab.serving.openai.generation_request import STEERING_SCHEMA
+from trimtab.serving.openai.openai_list import deleted_response, list_response
+from trimtab.serving.openai.unsupported import refuse_unknown
 from trimtab.serving.openapi import json_body
 from trimtab.serving.request_plan import compile_spec, read_spec, request_plan
 from trimtab.serving.routes.vectors import VectorId
 from trimtab.serving.state import Server, ServerState
-from trimtab.serving.unsupported import refuse_unknown
 from trimtab.steering.plan import Plan
 from trimtab.steering.spec import SteeringSpec
 

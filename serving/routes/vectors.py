@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from trimtab.serving.body import read_body
 from trimtab.serving.errors import RequestError
 from trimtab.serving.keys import require_admin
-from trimtab.serving.openai_list import deleted_response, list_response
+from trimtab.serving.openai.openai_list import deleted_response, list_response
 from trimtab.serving.state import Server, ServerState
 from trimtab.steering.artifact import VectorArtifact, from_bytes, to_bytes
 from trimtab.steering.compile import check_belongs

@@ -9,9 +9,9 @@ import pytest
 from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
 
-from trimtab.serving.chat_request import ChatRequest
-from trimtab.serving.completion_request import CompletionRequest
-from trimtab.serving.unsupported import ONLY, REFUSED
+from trimtab.serving.openai.chat_request import ChatRequest
+from trimtab.serving.openai.completion_request import CompletionRequest
+from trimtab.serving.openai.unsupported import ONLY, REFUSED
 
 
 def fields_of(params: Any) -> set[str]:

@@ -10,10 +10,10 @@ from openai.types import Completion, CompletionChoice
 from openai.types.completion_choice import Logprobs
 from pydantic import BaseModel
 
-from trimtab.serving.answer import Answer, stop_reason
-from trimtab.serving.completion_request import CompletionRequest
 from trimtab.serving.engines.base import Delta, TokenLogprobs
-from trimtab.serving.logprob_format import completion_logprobs, prompt_logprobs
+from trimtab.serving.openai.answer import Answer, stop_reason
+from trimtab.serving.openai.completion_request import CompletionRequest
+from trimtab.serving.openai.logprob_format import completion_logprobs, prompt_logprobs
 from trimtab.serving.state import ServerState
 from trimtab.steering.plan import Plan
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, WithJsonSchema, model_validator
 
 from trimtab.serving.errors import RequestError
-from trimtab.serving.generation_request import GenerationRequest, StrictModel, Top
+from trimtab.serving.openai.generation_request import GenerationRequest, StrictModel, Top
 
 EXAMPLES: dict[str, Any] = {
     "steered": {

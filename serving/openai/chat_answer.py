@@ -12,10 +12,10 @@ from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 from pydantic import BaseModel
 
-from trimtab.serving.answer import Answer, stop_reason
-from trimtab.serving.chat_request import ChatRequest
 from trimtab.serving.engines.base import Delta, TokenLogprobs
-from trimtab.serving.logprob_format import chat_logprobs, prompt_logprobs
+from trimtab.serving.openai.answer import Answer, stop_reason
+from trimtab.serving.openai.chat_request import ChatRequest
+from trimtab.serving.openai.logprob_format import chat_logprobs, prompt_logprobs
 
 
 class ChatAnswer(Answer):

@@ -16,8 +16,8 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from trimtab.serving.errors import RequestError
+from trimtab.serving.openai.unsupported import LABELS, refuse_unsupported
 from trimtab.serving.sampling import MAX_LOGPROBS, SamplingParams
-from trimtab.serving.unsupported import LABELS, refuse_unsupported
 from trimtab.steering.errors import did_you_mean, listed
 from trimtab.steering.spec import json_path
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from trimtab.serving.engines.base import Delta
 from trimtab.serving.generation import Generation
-from trimtab.serving.generation_request import GenerationRequest
+from trimtab.serving.openai.generation_request import GenerationRequest
 from trimtab.serving.receipt import Receipt
 from trimtab.serving.state import ServerState
 from trimtab.steering.plan import Plan

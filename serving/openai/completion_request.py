@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, WithJsonSchema, model_validator
 
 from trimtab.serving.errors import RequestError
-from trimtab.serving.generation_request import GenerationRequest, Top, check_token
+from trimtab.serving.openai.generation_request import GenerationRequest, Top, check_token
 
 EXAMPLES: dict[str, Any] = {
     "steered": {

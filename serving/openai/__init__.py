@@ -1,0 +1,1 @@
+"""OpenAI's wire: requests checked field by field, answers in OpenAI's own types."""
