@@ -72,22 +72,28 @@ def steer(
         raise ValueError(f"steer: width {hidden.shape[1]}, bank width {bank.rows.shape[1]}")
     if gates is not None and gates.shape != slots.shape:
         raise ValueError(f"steer: gates {tuple(gates.shape)} and slots {tuple(slots.shape)}")
+    n_tokens, n_parts = slots.shape
+    flat = slots.reshape(-1)
     h = hidden.float()
-    change = bank.rows[bank.row_of[slots]]  # [n_tokens, n_parts, d_model]
+    # index_select and an in-place add: on a decoding batch the calls cost more than the numbers.
+    change = bank.rows.index_select(0, bank.row_of.index_select(0, flat))
+    change = change.view(n_tokens, n_parts, hidden.shape[1])
     if has_low_rank:
         pairs = bank.low_of[slots]  # [n_tokens, n_parts, rank]
         coefficient = torch.einsum("tmrd,td->tmr", bank.low_b[pairs], h)
         change = change - torch.einsum("tmrd,tmr->tmd", bank.low_a[pairs], coefficient)
     if gates is not None:
         change = change * gates.unsqueeze(-1)
-    steered = h + change.sum(1)
+    steered = h + (change[:, 0] if n_parts == 1 else change.sum(1))
     if has_norm:
-        asked = bank.norm[slots] if gates is None else bank.norm[slots] & (gates > 0)
-        before = h.norm(dim=-1, keepdim=True)
-        after = steered.norm(dim=-1, keepdim=True)
+        asked = bank.norm.index_select(0, flat).view(n_tokens, n_parts)
+        if gates is not None:
+            asked = asked & (gates > 0)
+        before = torch.linalg.vector_norm(h, dim=1, keepdim=True)
+        after = torch.linalg.vector_norm(steered, dim=1, keepdim=True)
         # A state steered to exactly zero has no direction to stretch: it stays zero, not NaN.
-        ratio = torch.where(after > 0, before / after, 1.0)
-        steered = torch.where(asked.any(1, keepdim=True), steered * ratio, steered)
+        keeps = asked.any(1, keepdim=True) & (after > 0)
+        steered = steered * torch.where(keeps, before / after, 1.0)
     return steered.to(hidden.dtype)
 
 

@@ -96,10 +96,13 @@ class SteerStep:
             if request is None or not request.lease.slots:
                 continue
             self._requests.append((tokens, request))
-            positions = np.arange(span.start, span.start + span.n_tokens)
             for m, (part, slot) in enumerate(
                 zip(request.lease.plan.parts, request.lease.slots, strict=True)
             ):
+                if part.gate is None and part.window.everywhere:
+                    self._slots[tokens, m] = slot
+                    continue
+                positions = np.arange(span.start, span.start + span.n_tokens)
                 inside = part.window.select(
                     positions, n_prompt=request.n_prompt, thinking=span.thinking
                 )
@@ -198,8 +201,19 @@ class SteerStep:
         opened = inside
         if self._gates is not None:
             opened = inside & (self._gates > 0).cpu().numpy()
+        # Sums up to each token: a request's count is the difference over its span.
+        steered = _running_sum(opened.any(1)).tolist()
+        n_inside, n_open = _running_sum(inside).tolist(), _running_sum(opened).tolist()
         for tokens, request in self._requests:
-            request.n_steered += int(opened[tokens].any(1).sum())
+            first, stop = tokens.start, tokens.stop
+            request.n_steered += steered[stop] - steered[first]
             for part in range(len(request.lease.slots)):
-                request.n_inside[part] += int(inside[tokens, part].sum())
-                request.n_open[part] += int(opened[tokens, part].sum())
+                request.n_inside[part] += n_inside[stop][part] - n_inside[first][part]
+                request.n_open[part] += n_open[stop][part] - n_open[first][part]
+
+
+def _running_sum(flags: np.ndarray) -> np.ndarray:
+    """Return how many of the first n rows are set, for n from 0 to all of them."""
+    sums = np.zeros((len(flags) + 1, *flags.shape[1:]), dtype=np.int64)
+    np.cumsum(flags, axis=0, out=sums[1:])
+    return sums
