@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 
+from trimtab.serving.engines.base import ContextLengthError
 from trimtab.serving.errors import RequestError
 from trimtab.serving.openai.chat_request import Message
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
+def chat_ids(tokenizer: Any, messages: Sequence[Message], *, max_context: int) -> tuple[int, ...]:
     """Return the ids of a conversation by the model's chat template.
 
     `developer` becomes `system`. A last message of the assistant's is left open, so that the
@@ -19,6 +21,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
 
     Raises:
         RequestError: no template, or the template refuses these messages.
+        ContextLengthError: the text cannot fit into the context, whatever its tokens.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise RequestError(
@@ -33,6 +36,8 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
     if goes_on and not turns[-1]["content"].strip():
         param = f"messages[{len(turns) - 1}].content"
         raise RequestError(f"{param} is empty, there is nothing to continue.", param=param)
+    n_characters = sum(len(turn["content"]) for turn in turns)
+    _check_length(tokenizer, n_characters, max_context=max_context, param="messages")
     try:
         ids = tokenizer.apply_chat_template(
             turns,
@@ -51,15 +56,34 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
     return _not_empty(ids, param="messages")
 
 
-def text_ids(tokenizer: Any, text: str, *, param: str) -> tuple[int, ...]:
+def text_ids(tokenizer: Any, text: str, *, max_context: int, param: str) -> tuple[int, ...]:
     """Return the ids of a plain prompt, with the tokens the tokenizer adds (such as BOS).
 
     Takes long for long texts: call it in a thread.
 
     Raises:
         RequestError: the text makes no token.
+        ContextLengthError: the text cannot fit into the context, whatever its tokens.
     """
+    _check_length(tokenizer, len(text), max_context=max_context, param=param)
     return _not_empty(tokenizer(text, add_special_tokens=True)["input_ids"], param=param)
+
+
+def _check_length(tokenizer: Any, n_characters: int, *, max_context: int, param: str) -> None:
+    """Refuse at once what would take seconds to cut into tokens that are then too many."""
+    longest = _longest_token(tokenizer)
+    if n_characters > max_context * longest:
+        raise ContextLengthError(
+            f"{param} has {n_characters} characters, at least {n_characters // longest} tokens; "
+            f"the context holds {max_context}.",
+            param=param,
+        )
+
+
+@lru_cache(maxsize=8)
+def _longest_token(tokenizer: Any) -> int:
+    """Return the characters of the longest token; none stands for more text than that."""
+    return max((len(token) for token in tokenizer.get_vocab()), default=1)
 
 
 def _not_empty(ids: Sequence[int], *, param: str) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def real_server(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) 
     store = Store(tmp_path_factory.mktemp("real"))
     profile = profile_model(smollm2.model, model_id="smollm2", tokenizer=smollm2.tokenizer)
     host = SteeredModel(smollm2, profile)
-    for name in ("warm", "formal"):
+    for name in ("optimistic", "formal"):
         some = PairSet(name, tuple(concept(name).build[:16]))
         store.put_vector(build_vector(host, some, id=name, is_calibrated=False))
     engine = TransformersEngine(lambda: smollm2)

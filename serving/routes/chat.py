@@ -38,7 +38,9 @@ async def chat_completions(http: HttpRequest, server: Server) -> Response:
         )
     vocab_size = len(info.tokenizer)
     plan = await admit(server, request, vocab_size=vocab_size)
-    ids = await run_in_threadpool(chat_ids, info.tokenizer, request.messages)
+    ids = await run_in_threadpool(
+        chat_ids, info.tokenizer, request.messages, max_context=info.max_context
+    )
     requests = sequences(
         server,
         request,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.concurrency import run_in_threadpool
@@ -11,7 +9,7 @@ from starlette.responses import Response
 
 from trimtab.serving.admission import admit, answered, sequences
 from trimtab.serving.body import read_object
-from trimtab.serving.engines.base import ContextLengthError
+from trimtab.serving.engines.base import ContextLengthError, EngineInfo
 from trimtab.serving.openai.completion_answer import CompletionAnswer, Prompt
 from trimtab.serving.openai.completion_request import EXAMPLES, CompletionRequest, read_prompts
 from trimtab.serving.openai.generation_request import read_request
@@ -37,7 +35,7 @@ async def completions(http: HttpRequest, server: Server) -> Response:
     raw = read_prompts(
         request.prompt, max_prompts=server.settings.max_prompts, vocab_size=vocab_size
     )
-    prompts = await run_in_threadpool(_tokenised, tokenizer, raw, echo=request.echo)
+    prompts = await run_in_threadpool(_tokenised, server.info, raw, echo=request.echo)
     requests = sequences(
         server,
         request,
@@ -58,11 +56,16 @@ async def completions(http: HttpRequest, server: Server) -> Response:
 
 
 def _tokenised(
-    tokenizer: Any, raw: list[tuple[str, str | tuple[int, ...]]], *, echo: bool
+    info: EngineInfo, raw: list[tuple[str, str | tuple[int, ...]]], *, echo: bool
 ) -> list[Prompt]:
+    tokenizer, most = info.tokenizer, info.max_context
     prompts = []
     for path, given in raw:
-        ids = text_ids(tokenizer, given, param=path) if isinstance(given, str) else given
+        ids = (
+            text_ids(tokenizer, given, max_context=most, param=path)
+            if isinstance(given, str)
+            else given
+        )
         if not echo:
             prompts.append(Prompt(ids=ids, text="", first_token=""))
             continue

@@ -22,12 +22,12 @@ def test_steering_changes_the_answer_and_the_receipt_says_how(real_server):
     assert not hasattr(plain, "steering")
     texts = {plain.choices[0].message.content}
     for scale in (3.0, -3.0):
-        spec = {"vectors": [{"id": "warm", "scale": scale}]}
+        spec = {"vectors": [{"id": "optimistic", "scale": scale}]}
         steered = ask(real_server, extra_body={"steering": spec})
         texts.add(steered.choices[0].message.content)
         (layer,) = steered.steering["layers"]
         assert steered.steering["dose"][str(layer)] == pytest.approx(0.3, rel=1e-3)
-        assert steered.steering["applied"][0]["id"] == "warm"
+        assert steered.steering["applied"][0]["id"] == "optimistic"
         n = steered.usage.prompt_tokens + steered.usage.completion_tokens - 1
         assert steered.steering["choices"][0]["steered_tokens"] == n
     assert len(texts) == 3
@@ -37,7 +37,7 @@ def test_scale_zero_is_the_unsteered_answer(real_server):
     """Catches a scale of 0 that touches anything: log-probabilities must be equal to the bit."""
     more = {"logprobs": True, "top_logprobs": 3}
     plain = ask(real_server, **more)
-    zero = ask(real_server, extra_body={"steering": "0 warm"}, **more)
+    zero = ask(real_server, extra_body={"steering": "0 optimistic"}, **more)
     assert zero.choices[0].logprobs == plain.choices[0].logprobs
     assert zero.steering["choices"][0]["steered_tokens"] == 0
 
@@ -45,13 +45,13 @@ def test_scale_zero_is_the_unsteered_answer(real_server):
 def test_opposite_terms_cancel(real_server):
     """Catches terms that are clipped or rounded one by one."""
     plain = ask(real_server)
-    both = ask(real_server, extra_body={"steering": "2 warm - 2 warm"})
+    both = ask(real_server, extra_body={"steering": "2 optimistic - 2 optimistic"})
     assert both.choices[0].message.content == plain.choices[0].message.content
 
 
 def test_streamed_and_whole_answers_are_equal(real_server):
     """Catches text lost between chunks, and a receipt missing from streams."""
-    body = {"steering": "2 warm - 1 formal"}
+    body = {"steering": "2 optimistic - 1 formal"}
     whole = ask(real_server, extra_body=body)
     options = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(ask(real_server, extra_body=body, **options))
@@ -106,7 +106,7 @@ def test_completions_logprobs_and_scoring(real_server):
 def test_metrics_count_steered_tokens(real_server):
     """Catches a counter nobody increments."""
     before = real_server.metric("trimtab_steered_tokens_total")
-    answer = ask(real_server, extra_body={"steering": "1 warm"})
+    answer = ask(real_server, extra_body={"steering": "1 optimistic"})
     after = real_server.metric("trimtab_steered_tokens_total")
     assert after - before == answer.steering["choices"][0]["steered_tokens"] > 0
 
@@ -114,7 +114,7 @@ def test_metrics_count_steered_tokens(real_server):
 def test_an_ablated_direction_changes_the_answer_everywhere(real_server):
     """Catches an ablation that is accepted and not applied."""
     plain = ask(real_server)
-    answer = ask(real_server, extra_body={"steering": {"ablate": [{"id": "warm"}]}})
+    answer = ask(real_server, extra_body={"steering": {"ablate": [{"id": "optimistic"}]}})
     assert len(answer.steering["layers"]) == 30
     assert answer.choices[0].message.content != plain.choices[0].message.content
 
@@ -123,7 +123,7 @@ def test_a_gate_that_never_opens_leaves_the_answer_alone(real_server):
     """Catches gates that are read after the layer they gate, or ignored."""
     plain = ask(real_server)
     spec = {
-        "vectors": [{"id": "warm", "scale": 3.0, "layers": [20]}],
+        "vectors": [{"id": "optimistic", "scale": 3.0, "layers": [20]}],
         "when": {"probe": "formal", "above": 1.0, "layer": 10},
     }
     shut = ask(real_server, extra_body={"steering": spec})

@@ -317,3 +317,16 @@ def test_no_json_makes_a_500(fake_served, fields):
         assert answer.status_code in (200, 400, 404), (fields, answer.text)
         if answer.status_code != 200:
             assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["chat", "complete"])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_cut_into_tokens(served, path):
+    """Catches seconds of tokenising, on a thread that others need, for a text of any length."""
+    text = "a " * 500_000
+    if path == "chat":
+        answer = served.chat(messages=[{"role": "user", "content": text}])
+    else:
+        answer = served.complete(prompt=text)
+    param = "messages" if path == "chat" else "prompt"
+    error = assert_refused(answer, param=param, code="context_length_exceeded")
+    assert "characters" in error["message"]
