@@ -1,7 +1,7 @@
 """Write docs/cli.md from the --help pages, so that the two cannot disagree.
 
-    python docs/regenerate_cli.py            # writes the file
-    python docs/regenerate_cli.py --check    # exits with 1 if the file is out of date
+python docs/regenerate_cli.py            # writes the file
+python docs/regenerate_cli.py --check    # exits with 1 if the file is out of date
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def contexts(above: click.Context) -> Iterator[click.Context]:
             yield from contexts(_context(below, name, above))
 
 
-def _context(command: click.Command, name: str, above: click.Context | None = None) -> click.Context:
+def _context(
+    command: click.Command, name: str, above: click.Context | None = None
+) -> click.Context:
     # A fixed width: the page must not depend on the terminal it was made in.
     settings = {**command.context_settings, "terminal_width": 100}
     return click.Context(command, info_name=name, parent=above, **settings)
