@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from cli_program import vector
@@ -21,7 +23,9 @@ def test_list_and_show(trimtab, store):
     assert done.err.startswith("Next: trimtab vectors show")
     listed = trimtab("vectors", "list", "--json").json
     assert [card["id"] for card in listed["vectors"]] == ["cold", "warm"]
-    assert trimtab("vectors", "show", "warm", "--json").json == vector().card()
+    assert trimtab("vectors", "show", "warm", "--json").json == json.loads(
+        json.dumps(vector().card())
+    )
     assert "Not calibrated" in trimtab("vectors", "show", "cold").err
 
 

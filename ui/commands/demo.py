@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trimtab.ui.local_server import LocalServer
 
 CONCEPT = "optimistic"
-PROMPT = "How will my first day at the new job go?"
+PROMPT = "Will my small bakery survive?"
 SCALES = (1.0, -1.0)
 MAX_TOKENS = 48
 
@@ -85,6 +85,7 @@ def _build_if_missing(server: LocalServer) -> None:
         return
     except NotFoundError:
         pass
+    from trimtab.training.calibration import Budget
     from trimtab.training.steered_model import SteeredModel
     from trimtab.training.vectors.build import build_vector
     from trimtab.training.vectors.pairs import concept
@@ -100,6 +101,9 @@ def _build_if_missing(server: LocalServer) -> None:
             SteeredModel(loaded, profile),
             pairs,
             id=CONCEPT,
+            # Half of the usual spending finds the same layers in half of the time.
+            budget=Budget(n_text_tokens=256, n_generated=16, n_prompts=2),
+            description="hopeful about how things will turn out",
             progress=lambda name, done, total: stage(name.capitalize(), done, total),
         )
     server.store.put_vector(vector)
