@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from trimtab.steering.errors import DataError
 from trimtab.steering.plan import Plan
 from trimtab.training.steered_model import SteeredModel, batches
+
+_MAX_ROWS = 32
+_CACHES = ("past_key_values", "cache_params")  # attention's name for it, and state-space models'
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,21 @@ def answer_of(tokenizer: Any, prompt: str, text: str) -> Answer:
     """Return the tokens of an answer to a prompt in the model's chat template.
 
     The answer ends with the model's end mark where it has one. A model without a template gets
-    the two texts one after the other; with an empty prompt the whole text is the answer.
+    the two texts one after the other; with an empty prompt the whole text is the answer, except
+    its first token, which nothing predicts.
+
+    Raises:
+        DataError: a text without a prompt that is shorter than two tokens.
     """
     end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
     if not prompt:
         ids = tokenizer(text)["input_ids"]
-        return Answer(tuple(ids), min(1, len(ids) - 1))
+        if len(ids) < 2:
+            raise DataError(
+                f"The text {text!r} is {len(ids)} tokens long; without a prompt it takes two or "
+                "more to be scored."
+            )
+        return Answer(tuple(ids), 1)
     if getattr(tokenizer, "chat_template", None):
         head = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
@@ -77,7 +90,11 @@ def answer_logprobs(
 def perplexity(
     host: SteeredModel, ids: Sequence[int], *, plan: Plan | None = None, window: int = 512
 ) -> float:
-    """Return the perplexity of a text, in windows that share no context."""
+    """Return the perplexity of a text, in windows that share no context.
+
+    A window is never longer than what the model can attend to.
+    """
+    window = min(window, host.profile.max_context)
     total, n = 0.0, 0
     for start in range(0, len(ids) - 1, window):
         row = list(ids[start : start + window])
@@ -114,28 +131,79 @@ class Generation:
 
 @torch.inference_mode()
 def generate(
-    host: SteeredModel, prompts: Sequence[Sequence[int]], n_tokens: int, *, plan: Plan | None = None
+    host: SteeredModel,
+    prompts: Sequence[Sequence[int]],
+    n_tokens: int,
+    *,
+    plan: Plan | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
-    """Continue each prompt greedily by at most `n_tokens`, one prompt at a time."""
+    """Continue each prompt greedily by at most `n_tokens`.
+
+    Prompts of one length go together. Nothing is padded, so a batch is right for any architecture.
+
+    Args:
+        host: the model.
+        prompts: tokens of each, none empty.
+        n_tokens: at most this many new ones, the end mark included.
+        plan: acts on prompt and continuation.
+        progress: called with prompts done and in all.
+    """
+    results: list[Generation | None] = [None] * len(prompts)
+    done = 0
+    for group in _of_one_length(prompts):
+        rows = [prompts[i] for i in group]
+        for i, generation in zip(group, _continue(host, rows, n_tokens, plan), strict=True):
+            results[i] = generation
+        done += len(group)
+        if progress is not None:
+            progress(done, len(prompts))
+    return [generation for generation in results if generation is not None]
+
+
+def _of_one_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    by_length: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(i)
+    return [
+        same[at : at + _MAX_ROWS]
+        for same in by_length.values()
+        for at in range(0, len(same), _MAX_ROWS)
+    ]
+
+
+def _continue(
+    host: SteeredModel, prompts: Sequence[Sequence[int]], n_tokens: int, plan: Plan | None
+) -> list[Generation]:
     ends = getattr(host.model.generation_config, "eos_token_id", None)
     end_ids = {ends} if isinstance(ends, int) else set(ends or ())
-    results = []
-    for prompt in prompts:
-        ids, entropies, cache, start = list(prompt), [], None, 0
-        for _ in range(n_tokens):
-            row = torch.tensor([ids[start:]], device=host.device)
-            n_new = row.shape[1]
-            with host.under(plan, n_rows=1, n_tokens=n_new, start=start, n_prompt=len(prompt)):
-                output = host.model(input_ids=row, past_key_values=cache, use_cache=True)
-            start, cache = len(ids), output.past_key_values
-            logprobs = output.logits[0, -1].float().log_softmax(-1)
-            entropies.append(float(-(logprobs.exp() * logprobs).sum()))
-            ids.append(int(logprobs.argmax()))
-            if ids[-1] in end_ids:
-                break
-        mean = sum(entropies) / max(1, len(entropies))
-        results.append(Generation(tuple(ids[len(prompt) :]), mean))
-    return results
+    n_rows, n_prompt = len(prompts), len(prompts[0])
+    new: list[list[int]] = [[] for _ in prompts]
+    entropies: list[list[float]] = [[] for _ in prompts]
+    is_open = [True] * n_rows
+    ids, start = torch.tensor([list(p) for p in prompts], device=host.device), 0
+    cache: dict[str, Any] = {}
+    for _ in range(n_tokens):
+        n_now = ids.shape[1]
+        with host.under(plan, n_rows=n_rows, n_tokens=n_now, start=start, n_prompt=n_prompt):
+            output = host.model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
+        start += n_now
+        cache = {name: output[name] for name in _CACHES if output.get(name) is not None}
+        assert cache  # without one the next step would see a single token
+        logprobs = output.logits[:, -1].float().log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        ids = logprobs.argmax(-1, keepdim=True)
+        for r in range(n_rows):
+            if is_open[r]:
+                new[r].append(int(ids[r, 0]))
+                entropies[r].append(float(entropy[r]))
+                is_open[r] = new[r][-1] not in end_ids
+        if not any(is_open):
+            break
+    return [
+        Generation(tuple(row), sum(e) / max(1, len(e)))
+        for row, e in zip(new, entropies, strict=True)
+    ]
 
 
 def repetition(ids: Sequence[int], *, n: int = 3) -> float:

@@ -115,6 +115,31 @@ def test_sides_that_look_the_same_are_refused(host):
         )
 
 
+def test_an_answer_longer_than_the_context_is_refused(host):
+    """Catches a vector read at positions the model was never trained on."""
+    pairs = [Pair(f"q{i}", "a" * 600 + str(i), "b" * 600 + str(i)) for i in range(8)]
+    with pytest.raises(DataError, match=r"begins 'q0' has 6\d\d tokens.* 512"):
+        build_vector(host, PairSet("long", tuple(pairs)), id="v", is_calibrated=False)
+
+
+def test_the_curve_of_a_known_direction_rises(host):
+    """Catches a sign lost between direction, plan and margin, on a case that is known: at the last
+    layer the difference of two tokens' output rows pulls the one's logit from the other's."""
+    ids = [host.tokenizer(letter)["input_ids"][0] for letter in "az"]
+    head = host.model.get_output_embeddings().weight.detach().float()
+    last = len(host.profile.layers) - 1
+    directions = (head[ids[0]] - head[ids[1]]).expand(last + 1, -1)
+    pairs = [
+        (answer_of(host.tokenizer, f"q{i}", "a"), answer_of(host.tokenizer, f"q{i}", "z"))
+        for i in range(6)
+    ]
+    found = calibrate(host, directions, pairs, candidates=[(last,)], budget=QUICK)
+    margins = [point["margin"] for point in found.record["curve"]]
+    assert margins == sorted(margins)
+    assert margins[-1] - margins[0] > 0.5
+    assert all(point["moved"] == 1.0 for point in found.record["curve"] if point["scale"])
+
+
 def test_descriptions_must_differ(host):
     """Catches a vector of nothing built from two equal descriptions."""
     with pytest.raises(DataError, match="the same"):

@@ -72,6 +72,20 @@ def test_a_stated_split_is_kept_and_an_absent_one_is_made_by_prompt(tmp_path):
     assert not {p.prompt for p in fit} & {p.prompt for p in calibration}
 
 
+@pytest.mark.parametrize("n_each", [2, 3, 4, 5])
+def test_many_pairs_a_prompt_still_leave_some_for_calibration(tmp_path, n_each):
+    """Catches turns counted by pair: with four pairs a prompt none was ever set aside."""
+    repeated = [
+        {**row, "preferred": f"yes {i} {k}", "split": "build"}
+        for i, row in enumerate(rows(16))
+        for k in range(n_each)
+    ]
+    fit, calibration = read_pairs(write(tmp_path / "x.jsonl", repeated)).fit_and_calibration()
+    assert len(fit) == 12 * n_each
+    assert len(calibration) == 4 * n_each
+    assert not {p.prompt for p in fit} & {p.prompt for p in calibration}
+
+
 def test_texts_without_a_prompt(tmp_path):
     """Catches contrastive texts being refused, or all held because their prompts are equal."""
     texts = [{"positive": f"good {i}", "negative": f"bad {i}"} for i in range(40)]

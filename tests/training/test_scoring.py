@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from toy_chat import toy_chat
+from toys import TOYS, VOCAB
 
+from trimtab.steering.errors import DataError
 from trimtab.steering.model.profile import profile_model
 from trimtab.steering.plan import Plan, additive_plan
 from trimtab.training.scoring import (
@@ -26,6 +29,11 @@ from trimtab.training.vectors.activations import hidden_states
 def host() -> SteeredModel:
     loaded = toy_chat()
     return SteeredModel(loaded, profile_model(loaded.model, model_id="toy"))
+
+
+def toy_host(name: str) -> SteeredModel:
+    model = TOYS[name]()
+    return SteeredModel(replace(toy_chat(), model=model), profile_model(model, model_id=name))
 
 
 def plan(size: float = 3.0) -> Plan:
@@ -90,6 +98,48 @@ def test_generation_is_greedy_under_the_plan(host):
     for _ in range(8):
         ids.append(int(hidden_directly(host, ids, row).logits[0, -1].argmax()))
     assert list(text.ids) == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", sorted(TOYS))
+def test_a_batch_generates_what_each_prompt_would_alone(name):
+    """Catches a cache lost or shared, and a row that reads its neighbour, in any architecture."""
+    host = toy_host(name)
+    prompts = [[(5 + i + j) % VOCAB for j in range(n)] for i, n in enumerate((6, 9, 6, 6, 9))]
+    for prompt, text in zip(prompts, generate(host, prompts, 6, plan=plan()), strict=True):
+        ids = list(prompt)
+        for _ in text.ids:
+            with torch.no_grad(), host.under(plan(), n_rows=1, n_tokens=len(ids)):
+                output = host.model(input_ids=torch.tensor([ids]), use_cache=False)
+            ids.append(int(output.logits[0, -1].argmax()))
+        assert list(text.ids) == ids[len(prompt) :]
+
+
+def test_a_row_that_has_ended_stays_ended():
+    """Catches tokens after the end mark, written while the batch goes on for the others."""
+    loaded = toy_chat()
+    host = SteeredModel(loaded, profile_model(loaded.model, model_id="toy"))
+    prompts = [[5 + i + j for j in range(6)] for i in range(4)]
+    whole = generate(host, prompts, 12)
+    end = whole[0].ids[2]
+    loaded.model.generation_config.eos_token_id = end
+    for before, after in zip(whole, generate(host, prompts, 12), strict=True):
+        n = before.ids.index(end) + 1 if end in before.ids else len(before.ids)
+        assert after.ids == before.ids[:n]
+
+
+def test_perplexity_stays_within_the_context():
+    """Catches positions past a model's last one: GPT-2 has no embedding for them."""
+    host = toy_host("gpt2")
+    ids = [(5 * i) % 90 for i in range(300)]
+    assert host.profile.max_context == 256
+    assert perplexity(host, ids) == perplexity(host, ids, window=256)
+
+
+def test_a_text_of_one_token_is_refused(host):
+    """Catches a score read from the last position for a token that nothing predicts."""
+    with pytest.raises(DataError, match="1 tokens long"):
+        answer_of(host.tokenizer, "", "g")
+    assert answer_of(host.tokenizer, "", "go").n_prompt == 1
 
 
 def test_hidden_states_do_not_depend_on_the_batch(host):

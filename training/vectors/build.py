@@ -58,7 +58,8 @@ def build_vector(
 
     Raises:
         NotFoundError: unknown method.
-        DataError: unknown option, or data from which no direction comes out.
+        DataError: unknown option, an answer longer than the model's context, or data from which
+            no direction comes out.
     """
     fitter = make(method, options)
     fit, calibration = pairs.fit_and_calibration()
@@ -107,6 +108,7 @@ def build_vector(
             "n_fit": len(fit),
             "n_calibration": len(calibration),
             "n_held": len(pairs.held),
+            "n_dropped": pairs.n_dropped,
             "probe_accuracy": [round(x, 4) for x in probes.accuracy],
         },
         probe=probes.table,
@@ -123,4 +125,11 @@ def _answers(host: SteeredModel, pair: Pair) -> tuple[Answer, Answer]:
     preferred, dispreferred = (
         answer_of(host.tokenizer, pair.prompt, text) for text in (pair.preferred, pair.dispreferred)
     )
+    longest = max(len(preferred.ids), len(dispreferred.ids))
+    if longest > host.profile.max_context:
+        start = (pair.prompt or pair.preferred)[:60]
+        raise DataError(
+            f"The pair that begins {start!r} has {longest} tokens; the model attends to "
+            f"{host.profile.max_context}. Shorten it."
+        )
     return preferred, dispreferred

@@ -25,13 +25,14 @@ def pairs_from_descriptions(
     """Let the model write the pairs: each neutral question answered under both descriptions.
 
     The description goes before the question; the pair keeps the plain question, so that the
-    direction is of the answers and not of the instruction. Pairs that come out equal are dropped.
+    direction is of the answers and not of the instruction. Pairs that come out equal or empty are
+    dropped and counted (`n_dropped`).
 
     Args:
         host: the model, with a chat template.
         preferred: what to be, such as "warm and encouraging".
         dispreferred: the opposite.
-        progress: told of questions done and in all.
+        progress: told of answers done and in all.
 
     Raises:
         DataError: descriptions empty, equal or too long; or too few distinct pairs.
@@ -45,33 +46,33 @@ def pairs_from_descriptions(
         raise DataError("The two descriptions are the same; nothing can be told apart.")
     questions = [(q, False) for q in neutral_questions()]
     questions += [(q, True) for q in neutral_questions(split="held")]
-    pairs, n_equal = [], 0
-    for i, (question, is_held) in enumerate(questions):
-        one, other = (_answer(host, style, question) for style in (preferred, dispreferred))
-        if one and other and one != other:
-            pairs.append(Pair(question, one, other, is_held))
-        else:
-            n_equal += 1
-        if progress is not None:
-            progress(i + 1, len(questions))
-    if len(pairs) < len(questions) // 2:
+    styles = (preferred, dispreferred)
+    prompts = [_prompt(host.tokenizer, style, q) for q, _ in questions for style in styles]
+    texts = [
+        host.tokenizer.decode(text.ids, skip_special_tokens=True).strip()
+        for text in generate(host, prompts, _N_TOKENS, progress=progress)
+    ]
+    pairs = [
+        Pair(question, one, other, is_held)
+        for (question, is_held), one, other in zip(questions, texts[0::2], texts[1::2], strict=True)
+        if one and other and one != other
+    ]
+    n_dropped = len(questions) - len(pairs)
+    if n_dropped > len(questions) // 2:
         raise DataError(
-            f"{n_equal} of {len(questions)} questions got equal or empty answers under "
+            f"{n_dropped} of {len(questions)} questions got equal or empty answers under "
             f"{preferred!r} and {dispreferred!r}: this model does not tell the two apart."
         )
-    return PairSet(f"{preferred} against {dispreferred}", tuple(pairs))
+    return PairSet(f"{preferred} against {dispreferred}", tuple(pairs), n_dropped)
 
 
-def _answer(host: SteeredModel, style: str, question: str) -> str:
-    tokenizer: Any = host.tokenizer
+def _prompt(tokenizer: Any, style: str, question: str) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("Building from descriptions needs a model with a chat template.")
-    prompt = tokenizer.apply_chat_template(
+    ids: list[int] = tokenizer.apply_chat_template(
         [{"role": "user", "content": f"Answer in a way that is {style}.\n{question}"}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
     )["input_ids"]
-    (text,) = generate(host, [prompt], _N_TOKENS)
-    decoded: str = tokenizer.decode(text.ids, skip_special_tokens=True)
-    return decoded.strip()
+    return ids

@@ -38,10 +38,12 @@ class PairSet:
     Attributes:
         name: what to call the data in an artifact.
         pairs: all of them.
+        n_dropped: pairs left out because their two sides came out equal or empty.
     """
 
     name: str
     pairs: tuple[Pair, ...]
+    n_dropped: int = 0
 
     def __post_init__(self) -> None:
         if len(self.build) < _MIN_PAIRS:
@@ -61,19 +63,20 @@ class PairSet:
         return [pair for pair in self.pairs if pair.is_held]
 
     def fit_and_calibration(self) -> tuple[list[Pair], list[Pair]]:
-        """Return the build pairs as those to fit the direction on and every fourth, to calibrate.
+        """Return the build pairs as those to fit the direction on and those to calibrate on.
 
-        Pairs of one prompt stay on one side.
+        Every fourth prompt is for calibration, with all its pairs.
         """
         fit: list[Pair] = []
         calibration: list[Pair] = []
         sides: dict[str, list[Pair]] = {}
+        turn = 0  # prompts, not pairs: with four pairs a prompt no turn would be calibration's
         for pair in self.build:
             side = sides.get(pair.prompt) if pair.prompt else None
             if side is None:
-                turn = len(fit) + len(calibration)
                 side = calibration if turn % 4 == 3 else fit
                 sides[pair.prompt] = side
+                turn += 1
             side.append(pair)
         return fit, calibration
 

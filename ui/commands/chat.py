@@ -217,7 +217,9 @@ def _do(talk: Talk, line: str) -> None:
 
 def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        # Not `yield from`: leaving it early would close stdin.
+        for line in sys.stdin:  # noqa: UP028
+            yield line
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives input() its history and line editing

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from trimtab.ui.local_server import LocalServer
 
 CONCEPT = "optimistic"
-PROMPT = "Will my small bakery survive?"
+PROMPT = "What will our town be like in fifty years?"
 SCALES = (1.0, -1.0)
-MAX_TOKENS = 48
+MAX_TOKENS = 40
 
 
 @click.command(cls=HelpfulCommand, examples=("trimtab demo",))
