@@ -59,12 +59,15 @@ def measure(host: SteeredModel, vector: VectorArtifact, name: str, text: list[in
         plan = plan_of(vector, scale)
         scores = answer_logprobs(host, answers, plan=plan)
         margins[scale] = scores[0::2] - scores[1::2]
-        if text and scale >= 0 and scale != 0.5:
+        if text and abs(scale) != 0.5:
             perplexities[scale] = perplexity(host, text, plan=plan)
     means = {scale: float(m.mean()) for scale, m in margins.items()}
     inner = [means[s] for s in SCALES if abs(s) <= 1.0]
     return {
         "concept": name,
+        "method": vector.method,
+        "position": vector.settings.get("position"),
+        "normalize": vector.normalize,
         "layers": list(vector.default_layers),
         "dose": vector.calibration["knee"]["dose"] if vector.calibration else None,
         "n_held": len(margins[0.0]),
@@ -121,11 +124,17 @@ def main() -> None:
         rows.append({**measure(host, vector, name, text), "build_seconds": round(built, 1)})
         print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
 
-    print(
-        f"model={loaded.id} dtype={loaded.dtype} method={args.method} position={args.position} "
-        f"normalize={args.normalize} torch={torch.__version__} text_tokens={len(text)}"
+    # From the vectors, not from the arguments: stored ones may have been built another way.
+    how = " ".join(
+        f"{key}={','.join(sorted({str(row[key]) for row in rows}))}"
+        for key in ("method", "position", "normalize")
     )
-    heads = [f"m({s:g})" for s in SCALES] + [f"ppl({s:g})" for s in (1.0, 2.0, 4.0)]
+    print(
+        f"model={loaded.id} dtype={loaded.dtype} {how} torch={torch.__version__} "
+        f"text_tokens={len(text)}"
+    )
+    damaged = (-1.0, 1.0, 2.0, 4.0)
+    heads = [f"m({s:g})" for s in SCALES] + [f"ppl({s:g})" for s in damaged]
     print(
         f"{'concept':<12}{'layers':<12}{'dose':>6}{'moved':>7}" + "".join(f"{h:>9}" for h in heads)
     )
@@ -133,7 +142,7 @@ def main() -> None:
         layers = row["layers"]
         span = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
         cells = [f"{row['margin'][s]:>+9.3f}" for s in SCALES]
-        cells += [f"{row['rise'][s]:>+9.1%}" if text else f"{'':>9}" for s in (1.0, 2.0, 4.0)]
+        cells += [f"{row['rise'][s]:>+9.1%}" if text else f"{'':>9}" for s in damaged]
         mark = "" if row["is_monotone"] else "  not monotone"
         dose = row["dose"] or 0.0
         print(

@@ -239,6 +239,7 @@ def test_ctrl_c_while_loading(toy_folder, home):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # it builds a vector: 90 s on two quiet cores, minutes on busy ones
 def test_demo_ends_and_steers(tmp_path_factory):
     """Catches the first thing anybody tries: that it ends, steers both ways, and is quick again."""
     home = str(tmp_path_factory.mktemp("demo"))
