@@ -58,7 +58,7 @@ def require_admin(request: Request) -> None:
     mend = (
         "send one of the admin keys"
         if settings.admin_keys
-        else "start the server with --admin-key (or TRIMTAB_ADMIN_KEY) and send that key"
+        else "start the server with --admin-key (or TRIMTAB_ADMIN_KEYS) and send that key"
     )
     raise RequestError(
         f"Changing vectors and presets needs an admin key: {mend}.",

@@ -133,7 +133,7 @@ def model_card(vector: Any, *, repo: str, files: list[str]) -> str:
             "",
             f"A steering vector for `{base}` ({vector.model.model_type}, width "
             f"{vector.model.hidden_size}), built with the method `{vector.method}` by "
-            f"[trimtab](https://pypi.org/project/trimtab/) {vector.trimtab_version}. By default "
+            f"trimtab {vector.trimtab_version}. By default "
             f"it acts at {spans(vector.default_layers)}; scale 1.0 is its calibrated unit.",
             "",
             "```bash",
