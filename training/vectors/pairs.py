@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -150,12 +150,6 @@ def _pair_set(lines: Iterable[str], *, name: str) -> PairSet:
         for row in rows
     ]
     return PairSet(name, tuple(pairs))
-
-
-def split(pairs: Sequence[Pair], *, name: str) -> PairSet:
-    """Return pairs as a set with a third of the prompts held, chosen by hash."""
-    rows = [Pair(p.prompt, p.preferred, p.dispreferred, _is_held(p.__dict__)) for p in pairs]
-    return PairSet(name, tuple(rows))
 
 
 def _is_held(row: dict[str, Any]) -> bool:
