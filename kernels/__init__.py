@@ -1,4 +1,4 @@
-"""Tensor operations: the steering op and, later, quantised matmuls. Knows nothing but tensors."""
+"""Tensor operations: the steering op and attention. Knows nothing but tensors."""
 
 from trimtab.kernels.steer import LayerBank, probe, steer
 

@@ -12,11 +12,11 @@ from torch import nn
 from trimtab.serving.engines.transformers.attention import (
     PackedBatch,
     Segment,
-    attention_configs,
     packed_attention,
 )
 from trimtab.serving.engines.transformers.kv import KVRows
 from trimtab.steering.bank import Bank
+from trimtab.steering.model.attention import attention_configs
 from trimtab.steering.model.decoder import text_config
 from trimtab.steering.model.hooks import steered
 from trimtab.steering.step import Span, SteerStep
