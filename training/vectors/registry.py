@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 
-from trimtab.steering.errors import DataError, NotFoundError, did_you_mean, listed
+from trimtab.steering.registry import MethodCard, Registry
 
 METHODS = {
     "logistic": "trimtab.training.vectors.logistic:Logistic",
@@ -18,6 +16,7 @@ METHODS = {
 }
 ALIASES = {"caa": "mean_difference", "dim": "mean_difference", "repe": "pca", "repeng": "pca"}
 DEFAULT = "mean_difference"
+_REGISTRY = Registry(METHODS, ALIASES)
 
 
 class Method(Protocol):
@@ -33,31 +32,13 @@ class Method(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class MethodCard:
-    """A method for people: its name, summary line, source and options with their defaults."""
-
-    name: str
-    summary: str
-    source: str
-    options: dict[str, Any]
-
-
 def method_class(name: str) -> type[Any]:
     """Return a method's class by name or alias.
 
     Raises:
         NotFoundError: unknown name.
     """
-    target = METHODS.get(ALIASES.get(name, name))
-    if target is None:
-        known = [*METHODS, *ALIASES]
-        raise NotFoundError(
-            f"Unknown method {name!r}.{did_you_mean(name, known)} Known: {listed(METHODS)}."
-        )
-    module, attribute = target.split(":")
-    found: type[Any] = getattr(import_module(module), attribute)
-    return found
+    return _REGISTRY.find(name)
 
 
 def make(name: str, options: dict[str, Any] | None = None) -> Method:
@@ -67,39 +48,10 @@ def make(name: str, options: dict[str, Any] | None = None) -> Method:
         NotFoundError: unknown method.
         DataError: unknown option or a value of the wrong kind.
     """
-    kind = method_class(name)
-    defaults: dict[str, Any] = {f.name: f.default for f in fields(kind)}
-    given: dict[str, Any] = {}
-    for key, value in (options or {}).items():
-        if key not in defaults:
-            raise DataError(
-                f"Method {name!r} has no option {key!r}.{did_you_mean(key, defaults)} "
-                f"Known: {listed(defaults)}."
-            )
-        wanted = type(defaults[key])
-        try:
-            given[key] = wanted(value) if not isinstance(value, wanted) else value
-        except (TypeError, ValueError):
-            raise DataError(
-                f"Option {key!r} of {name!r} is {value!r}; expected {wanted.__name__}."
-            ) from None
-    made: Method = kind(**given)
+    made: Method = _REGISTRY.make(name, options)
     return made
 
 
 def describe() -> list[MethodCard]:
     """Return a card for each method, by name."""
-    cards = []
-    for name in sorted(METHODS):
-        kind = method_class(name)
-        text = kind.__doc__ or ""
-        source = text.partition("Source:")[2].partition("\n\n")[0]
-        cards.append(
-            MethodCard(
-                name=name,
-                summary=text.strip().splitlines()[0],
-                source=" ".join(source.split()),
-                options={f.name: f.default for f in fields(kind)},
-            )
-        )
-    return cards
+    return _REGISTRY.describe()
