@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from trimtab.attribution.errors import NonFiniteError
-from trimtab.attribution.methods.registry import DEFAULT, make, name_of
+from trimtab.attribution.lrp import lrp_problem
+from trimtab.attribution.methods.registry import DEFAULT, WITHOUT_GRADIENTS, make, name_of
 from trimtab.attribution.objective import Objective
 from trimtab.attribution.problem import Problem, Slices, directly
 from trimtab.attribution.prompt import Prompt
@@ -19,12 +20,23 @@ from trimtab.attribution.subject import Subject
 from trimtab.steering.plan import Plan
 
 
+def default_method(subject: Subject, *, attnlrp: bool = True) -> str:
+    """Return the name of the method that suits a model when nobody names one.
+
+    Args:
+        subject: the model.
+        attnlrp: whether AttnLRP may be used.
+    """
+    is_ruled = lrp_problem(subject.model) is None and subject.tree_problem is None
+    return DEFAULT if attnlrp and is_ruled else WITHOUT_GRADIENTS
+
+
 def attribute(
     subject: Subject,
     prompt: Prompt,
     objective: Objective,
     *,
-    method: str = DEFAULT,
+    method: str | None = None,
     options: Mapping[str, Any] | None = None,
     baseline: str = "zero",
     plan: Plan | None = None,
@@ -37,7 +49,7 @@ def attribute(
         subject: the model.
         prompt: what it reads.
         objective: the answer, or the two, in question.
-        method: registry name or alias.
+        method: registry name or alias; None takes `default_method`.
         options: the method's options.
         baseline: what stands in for a token taken away: `zero`, `pad`, `mean` or `drop`.
         plan: steering of the model under question.
@@ -50,6 +62,7 @@ def attribute(
         NonFiniteError: the scores are not finite.
     """
     began = time.perf_counter()
+    method = method or default_method(subject)
     how = make(method, options)
     total = 2 + how.cost(len(prompt.content))
 

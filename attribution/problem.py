@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ from trimtab.attribution.objective import Objective
 from trimtab.attribution.prompt import Prompt
 from trimtab.attribution.subject import Subject
 from trimtab.attribution.tree import Tree, Trunk
+from trimtab.steering.model.decoder import text_config
 from trimtab.steering.model.hooks import steered
 from trimtab.steering.plan import Plan
 from trimtab.steering.step import Span, SteeredRequest, SteerStep
@@ -194,6 +196,36 @@ class Problem:
             values.append(value)
             gradients.append(gradient)
         return torch.cat(values), torch.cat(gradients)
+
+    def predictions(self, places: Sequence[int]) -> torch.Tensor:
+        """Return the model's log-probabilities for some of the content tokens' places.
+
+        Each is predicted from everything before it in the prompt as it is. What stands first in
+        the prompt has nothing before it, and every token is equally likely there.
+
+        Args:
+            places: numbers of content tokens, 0 to `n` - 1.
+
+        Returns:
+            `[len(places), vocab_size]`, float32, on the CPU.
+        """
+        before = torch.tensor([self.prompt.content[i] - 1 for i in places])
+        known = before >= 0
+        n = len(self.prompt.tokens)
+
+        def work() -> torch.Tensor:
+            with torch.inference_mode(), self._steered([(n, 0)], 1):
+                tokens = self.subject.embeddings(self.prompt.ids).unsqueeze(0)
+                logits = self._logits(tokens, None, before[known].tolist())
+                return logits[0].float().log_softmax(-1).cpu()
+
+        vocab = text_config(self.subject.model).vocab_size
+        found = torch.full((len(before), vocab), -math.log(vocab))
+        if known.any():
+            found[known] = self._slices(work)
+            self.forward_rows += 1
+            self._tell()
+        return found
 
     # --- running
 

@@ -86,7 +86,6 @@ class Attribution:
             "method": self.method,
             "params": {**self.settings, "baseline": self.baseline},
             "dtype": self.dtype,
-            "steered": self.steered,
             "objective": {
                 "kind": self.objective.kind,
                 "length_normalized": self.objective.is_normalized,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel
@@ -77,18 +77,34 @@ def sequences(
 
 
 async def answered(
-    http: HttpRequest, server: ServerState, *, requests: list[Request], answer: Answer
+    http: HttpRequest,
+    server: ServerState,
+    *,
+    requests: list[Request],
+    answer: Answer,
+    close: Callable[[], None] | None = None,
 ) -> Response:
     """Run the sequences and return the answer, streamed if it was asked for so.
 
     A stream begins when its first token is there: what fails before has a status of its own.
 
+    Args:
+        close: called once the answer is sent or lost.
+
     Raises:
         TrimtabError: refused, failed or timed out before anything was sent.
     """
-    generation = Generation(server, requests)
+    generation = None
     handed_over = False
+
+    async def end() -> None:
+        if generation is not None:
+            await generation.close()
+        if close is not None:
+            close()
+
     try:
+        generation = Generation(server, requests)
         server.metrics.prompt_tokens.inc(answer.prompt_tokens)
         plan = requests[0].plan
         if plan is not None:
@@ -98,12 +114,12 @@ async def answered(
             return Response(as_json(whole), media_type="application/json")
         chunks = answer.chunks(generation)
         first: BaseModel = await or_gone(http, anext(chunks))
-        stream = EventStream(_after(first, chunks), close=generation.close)
+        stream = EventStream(_after(first, chunks), close=end)
         handed_over = True
         return stream
     finally:
         if not handed_over:
-            await generation.close()
+            await end()
 
 
 async def _after(first: BaseModel, rest: AsyncIterator[BaseModel]) -> AsyncIterator[BaseModel]:

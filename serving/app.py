@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
+from trimtab.serving.attribution_jobs import AttributionJobs
 from trimtab.serving.engines.base import Engine
 from trimtab.serving.errors import install_error_handlers
 from trimtab.serving.keys import KeyGuard
@@ -16,7 +17,16 @@ from trimtab.serving.lifecycle import Lifecycle
 from trimtab.serving.metrics import Metrics
 from trimtab.serving.openapi import install_openapi
 from trimtab.serving.request_context import RequestContext
-from trimtab.serving.routes import chat, completions, methods, models, presets, service, vectors
+from trimtab.serving.routes import (
+    attributions,
+    chat,
+    completions,
+    methods,
+    models,
+    presets,
+    service,
+    vectors,
+)
 from trimtab.serving.settings import ServerSettings
 from trimtab.serving.state import ServerState
 from trimtab.steering.store import Store
@@ -47,13 +57,15 @@ def create_app(
             until the caller ends it.
     """
     lifecycle = Lifecycle(engine, on_ready=on_ready, on_failed=on_failed)
-    metrics = Metrics(lifecycle)
+    jobs = AttributionJobs(max_queue=settings.attribution_max_queue)
+    metrics = Metrics(lifecycle, jobs)
     server = ServerState(
         engine=engine,
         store=store,
         settings=settings,
         lifecycle=lifecycle,
         metrics=metrics,
+        attributions=jobs,
         started=int(time.time()),
     )
 
@@ -63,6 +75,7 @@ def create_app(
         try:
             yield
         finally:
+            await jobs.close()
             await lifecycle.end()
 
     app = FastAPI(
@@ -75,7 +88,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.server = server
-    for route in (chat, completions, models, methods, vectors, presets, service):
+    for route in (chat, completions, attributions, models, methods, vectors, presets, service):
         app.include_router(route.router)
     install_error_handlers(app)
     install_openapi(app, server)

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from trimtab.serving.attribution_jobs import AttributionJobs
 from trimtab.serving.lifecycle import Lifecycle
 from trimtab.steering.plan import Plan
 
@@ -20,8 +21,9 @@ _DOSE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 5)
 class EngineGauges(Collector):
     """Reads the engine's load at scrape time, so that nothing can go stale."""
 
-    def __init__(self, lifecycle: Lifecycle) -> None:
+    def __init__(self, lifecycle: Lifecycle, attributions: AttributionJobs) -> None:
         self.lifecycle = lifecycle
+        self.attributions = attributions
 
     def describe(self) -> list[Metric]:
         """Return nothing: registering must not ask an engine that has not started."""
@@ -39,6 +41,7 @@ class EngineGauges(Collector):
             ("requests_waiting", "Sequences in the queue", stats.waiting),
             ("slots_used", "Steering slots in use", stats.slots_used),
             ("slots", "Steering slots there are", stats.slots_total),
+            ("attributions", "Attributions that wait or run", len(self.attributions)),
         ):
             yield GaugeMetricFamily(f"trimtab_{name}", text, value=value)
         yield CounterMetricFamily("trimtab_engine_steps", "Steps of the engine", value=stats.steps)
@@ -49,11 +52,12 @@ class Metrics:
 
     Args:
         lifecycle: where the engine's load is read.
+        attributions: their queue.
     """
 
-    def __init__(self, lifecycle: Lifecycle) -> None:
+    def __init__(self, lifecycle: Lifecycle, attributions: AttributionJobs) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(EngineGauges(lifecycle))
+        self.registry.register(EngineGauges(lifecycle, attributions))
 
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(f"trimtab_{name}", text, labels, registry=self.registry)

@@ -10,13 +10,20 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from trimtab.serving.openai.attribution_request import AttributionRequest
 from trimtab.serving.openai.chat_request import ChatRequest, TextPart
 from trimtab.serving.openai.completion_request import CompletionRequest
 from trimtab.serving.state import ServerState
 from trimtab.steering.spec import SteeringSpec
 
 # Routes read their bodies themselves (see body.py), so FastAPI does not know these models.
-_MODELS: tuple[type[BaseModel], ...] = (ChatRequest, TextPart, CompletionRequest, SteeringSpec)
+_MODELS: tuple[type[BaseModel], ...] = (
+    ChatRequest,
+    TextPart,
+    CompletionRequest,
+    AttributionRequest,
+    SteeringSpec,
+)
 
 
 def json_body(schema: dict[str, Any], *, examples: dict[str, Any]) -> dict[str, Any]:

@@ -29,9 +29,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message], *, max_context: int) -
             param="messages",
             code="no_chat_template",
         )
-    turns = [
-        {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages
-    ]
+    turns = turns_of(messages)
     goes_on = turns[-1]["role"] == "assistant"
     if goes_on and not turns[-1]["content"].strip():
         param = f"messages[{len(turns) - 1}].content"
@@ -54,6 +52,13 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message], *, max_context: int) -
             code="template_error",
         ) from error
     return _not_empty(ids, param="messages")
+
+
+def turns_of(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Return messages as chat templates take them."""
+    return [
+        {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages
+    ]
 
 
 def text_ids(tokenizer: Any, text: str, *, max_context: int, param: str) -> tuple[int, ...]:

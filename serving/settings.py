@@ -40,6 +40,20 @@ class ServerSettings(BaseModel):
         600.0, gt=0, allow_inf_nan=False, description="Longest a request may take, queue included"
     )
 
+    attribution_max_queue: int = Field(
+        64, ge=1, description="Most attributions that may wait or run"
+    )
+    attribution_max_tokens: int = Field(
+        250_000,
+        ge=1,
+        description="Most work of one attribution: rows times tokens, a gradient as two more rows",
+    )
+    attnlrp: bool = Field(
+        True,
+        description="Offer AttnLRP, whose authors state a patent and free use for personal and "
+        "scientific purposes; without it kernel_shap is the default",
+    )
+
     @property
     def has_keys(self) -> bool:
         """True if the API is guarded."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from trimtab.serving.attribution_jobs import AttributionJobs
 from trimtab.serving.engines.base import Engine, EngineInfo
 from trimtab.serving.lifecycle import Lifecycle
 from trimtab.serving.metrics import Metrics
@@ -24,6 +25,7 @@ class ServerState:
     settings: ServerSettings
     lifecycle: Lifecycle
     metrics: Metrics
+    attributions: AttributionJobs
     started: int = field(default=0)
 
     @property

@@ -135,6 +135,10 @@ class FakeEngine:
         self.seen.extend(requests)
         return [FakeStream(self, request) for request in requests]
 
+    @property
+    def model_access(self) -> None:
+        return None
+
     def stats(self) -> EngineStats:
         return EngineStats(len(self.live), 0, 0, 8, len(self.seen))
 

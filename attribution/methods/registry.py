@@ -13,15 +13,26 @@ from trimtab.steering.registry import MethodCard, Registry
 
 METHODS = {
     "attnlrp": "trimtab.attribution.methods.attnlrp:AttnLRP",
+    "feature_ablation": "trimtab.attribution.methods.feature_ablation:FeatureAblation",
     "gradient_x_input": "trimtab.attribution.methods.gradient_x_input:GradientXInput",
     "integrated_gradients": "trimtab.attribution.methods.integrated_gradients:IntegratedGradients",
+    "kernel_shap": "trimtab.attribution.methods.kernel_shap:KernelShap",
+    "reagent": "trimtab.attribution.methods.reagent:ReAGent",
+    "shapley_sampling": "trimtab.attribution.methods.shapley_sampling:ShapleySampling",
 }
 ALIASES = {
     "gxi": "gradient_x_input",
     "ig": "integrated_gradients",
+    "leave_one_out": "feature_ablation",
     "lrp": "attnlrp",
+    "mask_fit": "kernel_shap",
+    "occlusion": "feature_ablation",
+    "shap": "kernel_shap",
+    "shapley": "shapley_sampling",
 }
 DEFAULT = "attnlrp"
+WITHOUT_GRADIENTS = "kernel_shap"
+"""The default where AttnLRP is not offered or has no rules for the model."""
 _REGISTRY = Registry(METHODS, ALIASES)
 
 

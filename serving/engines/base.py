@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from trimtab.attribution.problem import Slices
+from trimtab.attribution.subject import Subject
 from trimtab.serving.sampling import SamplingParams
 from trimtab.steering.artifact import ModelRef
 from trimtab.steering.errors import TrimtabError
@@ -141,6 +143,20 @@ class EngineStats:
     steps: int
 
 
+@dataclass(frozen=True)
+class ModelAccess:
+    """The served model in this process, for attribution.
+
+    Attributes:
+        subject: the model to ask. Only slices may run it.
+        slices: runs a bounded piece of work on the model's thread, between two steps of the
+            batch; blocks the caller, which must not be the event loop.
+    """
+
+    subject: Subject
+    slices: Slices
+
+
 class Engine(Protocol):
     """Generates tokens for many requests at once, each steered its own way."""
 
@@ -171,6 +187,11 @@ class Engine(Protocol):
         Raises:
             OverloadedError: the queue has no room for all of them.
         """
+        ...
+
+    @property
+    def model_access(self) -> ModelAccess | None:
+        """The model in this process; None for an engine that has it elsewhere."""
         ...
 
     def stats(self) -> EngineStats:

@@ -58,6 +58,8 @@ class Answer(abc.ABC):
         async for index, delta in generation.deltas():
             self._note(index, delta)
             self._collect(index, delta)
+        async for _ in self._further():
+            pass  # what it found is part of what is assembled
         return self._assembled({**self._common, **self._steering(), "usage": self._usage()})
 
     async def chunks(self, generation: Generation) -> AsyncIterator[BaseModel]:
@@ -76,10 +78,17 @@ class Answer(abc.ABC):
             for choice, is_last in _marked_last(self._choice_chunks(index, delta)):
                 extra = self._steering() if ends and is_last else {}
                 yield self._chunk({**common, **extra, "choices": [choice]})
+        async for choice in self._further():
+            yield self._chunk({**common, "choices": [choice]})
         if self._receipt is not None and self.n_choices > 1:
             yield self._chunk({**common, **self._steering(), "choices": []})
         if wants_usage:
             yield self._chunk({**common, "choices": [], "usage": self._usage()})
+
+    async def _further(self) -> AsyncIterator[BaseModel]:
+        """Yield chunk choices that come after every choice has finished; by default none."""
+        for nothing in list[BaseModel]():
+            yield nothing
 
     def _note(self, index: int, delta: Delta) -> None:
         self._completion_tokens += len(delta.token_ids)

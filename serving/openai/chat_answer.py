@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
@@ -17,20 +17,51 @@ from trimtab.serving.openai.answer import Answer, stop_reason
 from trimtab.serving.openai.chat_request import ChatRequest
 from trimtab.serving.openai.logprob_format import chat_logprobs, prompt_logprobs
 
+Explain = Callable[[list[int]], Awaitable[dict[str, Any]]]
+"""Returns the attribution of an answer's tokens, or its error, as it goes over the wire."""
+
 
 class ChatAnswer(Answer):
-    """Chat choices, whole or in chunks; see `Answer`."""
+    """Chat choices, whole or in chunks; see `Answer`.
+
+    Args:
+        explain: attributes each finished choice; None if nobody asked for it.
+    """
 
     prefix = "chatcmpl"
     request: ChatRequest
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, explain: Explain | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._explain = explain
+        self._ids: list[list[int]] = [[] for _ in range(self.n_choices)]
+        self._attributions: dict[int, dict[str, Any]] = {}
         self._texts = [""] * self.n_choices
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self.n_choices)]
         self._last: dict[int, Delta] = {}
         self._prompt: list[Any] | None = None
         self._opened: set[int] = set()
+
+    def _note(self, index: int, delta: Delta) -> None:
+        super()._note(index, delta)
+        self._ids[index].extend(delta.token_ids)
+
+    async def _further(self) -> AsyncIterator[BaseModel]:
+        if self._explain is None:
+            return
+        for i, ids in enumerate(self._ids):
+            self._attributions[i] = await self._explain(ids)
+            yield ChunkChoice(
+                index=i,
+                delta=ChoiceDelta(),
+                logprobs=None,
+                finish_reason=None,
+                **self._attribution(i),
+            )
+
+    def _attribution(self, index: int) -> dict[str, Any]:
+        found = self._attributions.get(index)
+        return {} if found is None else {"attribution": found}
 
     def _collect(self, index: int, delta: Delta) -> None:
         self._texts[index] += delta.text
@@ -56,6 +87,7 @@ class ChatAnswer(Answer):
                     logprobs=logprobs,
                     finish_reason=last.finish_reason.value,
                     **stop_reason(last),
+                    **self._attribution(i),
                 )
             )
         # On the answer and not on a choice: the prompt is the same for all, and so vLLM has it.

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, WithJsonSchema, model_validator
 
 from trimtab.serving.errors import RequestError
+from trimtab.serving.openai.attribution_options import AttributionOptions
 from trimtab.serving.openai.generation_request import GenerationRequest, StrictModel, Top
 
 EXAMPLES: dict[str, Any] = {
@@ -93,15 +94,15 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=0, le=2**31)
     logprobs: bool = False
     top_logprobs: Top | None = None
+    attribution: AttributionOptions | None = Field(
+        None, description="Return with each choice what each prompt token did for it"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _name_what_is_refused(cls, value: Any) -> Any:
-        messages = value.get("messages") if isinstance(value, dict) else None
-        if isinstance(messages, list):
-            for i, message in enumerate(messages):
-                if isinstance(message, dict):
-                    _refuse_in_message(message, path=f"messages[{i}]")
+        if isinstance(value, dict):
+            check_messages(value.get("messages"))
         return value
 
     @model_validator(mode="after")
@@ -123,6 +124,18 @@ class ChatRequest(GenerationRequest):
     def wanted_tokens(self) -> int | None:
         """The most tokens to generate, by either name; None if the client set none."""
         return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+
+
+def check_messages(messages: Any) -> None:
+    """Refuse by name what OpenAI's messages may hold and trimtab does not read.
+
+    Raises:
+        RequestError: naming the first field.
+    """
+    if isinstance(messages, list):
+        for i, message in enumerate(messages):
+            if isinstance(message, dict):
+                _refuse_in_message(message, path=f"messages[{i}]")
 
 
 def _refuse_in_message(message: dict[str, Any], *, path: str) -> None:

@@ -38,7 +38,7 @@ STEERING_SCHEMA: dict[str, Any] = {
 }
 Steering = Annotated[Any, WithJsonSchema(STEERING_SCHEMA)]
 
-Request = TypeVar("Request", bound="GenerationRequest")
+Request = TypeVar("Request", bound="StrictModel")
 
 
 class StrictModel(BaseModel):

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from trimtab.serving.admission import admit, answered, sequences
 from trimtab.serving.body import read_object
 from trimtab.serving.errors import RequestError
+from trimtab.serving.explained_answer import ExplainedAnswer
 from trimtab.serving.openai.chat_answer import ChatAnswer
 from trimtab.serving.openai.chat_request import EXAMPLES, ChatRequest
 from trimtab.serving.openai.generation_request import read_request
@@ -51,5 +52,13 @@ async def chat_completions(http: HttpRequest, server: Server) -> Response:
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
     )
-    answer = ChatAnswer(server, request, plan=plan, prompt_lengths=[len(ids)])
-    return await answered(http, server, requests=requests, answer=answer)
+    explained = await ExplainedAnswer.of(server, request, plan)
+    answer = ChatAnswer(
+        server,
+        request,
+        plan=plan,
+        prompt_lengths=[len(ids)],
+        explain=None if explained is None else explained.explain,
+    )
+    close = None if explained is None else explained.close
+    return await answered(http, server, requests=requests, answer=answer, close=close)

@@ -88,3 +88,18 @@ def served(request: pytest.FixtureRequest) -> Served:
     """The server of each engine in turn."""
     one: Served = request.getfixturevalue(f"{request.param}_served")
     return one
+
+
+@pytest.fixture
+def serve_toy(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """Start a server over the embedded engine with a toy model: `serve_toy(max_n=2)`."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*, loaded: Any = None, **settings: Any) -> Served:
+            model = loaded or toy_chat()
+            engine = TransformersEngine(lambda: model)
+            store = Store(tmp_path / "store")
+            chosen = ServerSettings(**{"served_model_name": NAME} | settings)
+            return stack.enter_context(running(engine, store, settings=chosen))
+
+        yield start

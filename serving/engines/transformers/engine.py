@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import psutil
 import torch
 
+from trimtab.attribution.subject import Subject
 from trimtab.serving.detokenizer import Detokenizer, TokenText
 from trimtab.serving.engines.base import (
     ContextLengthError,
@@ -19,6 +20,7 @@ from trimtab.serving.engines.base import (
     EngineError,
     EngineInfo,
     EngineStats,
+    ModelAccess,
     OverloadedError,
     Request,
 )
@@ -32,12 +34,16 @@ from trimtab.serving.engines.transformers.runner import (
 )
 from trimtab.serving.engines.transformers.sampler import SamplerState
 from trimtab.serving.engines.transformers.sequence import Sequence, ThinkingMarks
+from trimtab.serving.engines.transformers.slices import SliceQueue
 from trimtab.steering.bank import Bank
 from trimtab.steering.model.decoder import text_config
 from trimtab.steering.model.loading import LoadedModel
+from trimtab.steering.model.memory import free_bytes
 from trimtab.steering.model.profile import ModelProfile, profile_model
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Share of free memory the cache may reserve when no size is given.
 _CACHE_SHARE = 0.3
@@ -52,12 +58,14 @@ class EngineConfig:
         max_queue: sequences that may wait; more are refused with 429.
         max_slots: live distinct steering parts.
         cache_bytes: memory for keys and values; None takes 30 % of what is free.
+        slice_share: most of the model's time that attribution gets while sequences run.
     """
 
     max_concurrent: int = 32
     max_queue: int = 256
     max_slots: int = 256
     cache_bytes: int | None = None
+    slice_share: float = 0.5
 
 
 class TransformersEngine:
@@ -84,6 +92,8 @@ class TransformersEngine:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._outbox: list[tuple[_Stream, Delta | Exception]] = []
+        self._slices = SliceQueue(share=self.config.slice_share)
+        self._subject: Subject | None = None
         self.loaded: LoadedModel | None = None
         self.profile: ModelProfile | None = None
         self.bank: Bank | None = None
@@ -155,6 +165,17 @@ class TransformersEngine:
             self._wake.notify()
         return list(streams)
 
+    @property
+    def model_access(self) -> ModelAccess | None:
+        """The model in process; None while it loads and once it is stopped."""
+        return None if self._subject is None else ModelAccess(self._subject, self._run_slice)
+
+    def _run_slice(self, work: Callable[[], T]) -> T:
+        future = self._slices.submit(work)
+        with self._wake:
+            self._wake.notify()
+        return future.result()
+
     def stats(self) -> EngineStats:
         """Return the load now."""
         batcher, bank = self._batcher, self.bank
@@ -176,7 +197,7 @@ class TransformersEngine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
-        self.loaded = self.profile = self.bank = self._batcher = None
+        self.loaded = self.profile = self.bank = self._batcher = self._subject = None
 
     # --- engine thread
 
@@ -196,12 +217,17 @@ class TransformersEngine:
         with torch.inference_mode():
             while True:
                 with self._wake:
-                    while not self._stopping and not batcher.has_work():
+                    while not (self._stopping or batcher.has_work() or self._slices):
                         self._wake.wait()
                 if self._stopping:
                     break
-                batcher.step()
-                self._deliver()
+                if batcher.has_work():
+                    began = time.perf_counter()
+                    batcher.step()
+                    self._deliver()
+                    self._slices.stepped(time.perf_counter() - began)
+                self._slices.run_next(is_busy=batcher.has_work())
+            self._slices.close()
             batcher.clear()
             self._deliver()
 
@@ -226,6 +252,7 @@ class TransformersEngine:
             text=TokenText(loaded.tokenizer),
             fail=lambda sequence, error: sequence.emit(error),  # type: ignore[arg-type]
         )
+        self._subject = Subject(loaded, profile)
         self.loaded, self.profile, self.bank = loaded, profile, bank
         self._info = EngineInfo(
             model=profile.ref,
@@ -245,7 +272,7 @@ class TransformersEngine:
     ) -> tuple[Runner, int]:
         config = text_config(loaded.model)
         n_rows = self.config.max_concurrent
-        budget = self.config.cache_bytes or int(_CACHE_SHARE * _free_memory(loaded.device))
+        budget = self.config.cache_bytes or int(_CACHE_SHARE * free_bytes(loaded.device))
         per_token = bytes_per_token(config, loaded.dtype)
         fits = max(256, budget // (per_token * n_rows))
         context = min(profile.max_context, fits)
@@ -356,9 +383,3 @@ def _thinking_marks(tokenizer: Any) -> ThinkingMarks | None:
     if "<think>" in vocab and "</think>" in vocab:
         return ThinkingMarks(vocab["<think>"], vocab["</think>"])
     return None
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
