@@ -13,9 +13,10 @@ from trimtab.attribution.errors import NonFiniteError
 from trimtab.attribution.lrp import lrp_problem
 from trimtab.attribution.methods.registry import DEFAULT, WITHOUT_GRADIENTS, make, name_of
 from trimtab.attribution.objective import Objective
-from trimtab.attribution.problem import Problem, Slices, directly
+from trimtab.attribution.problem import Problem
 from trimtab.attribution.prompt import Prompt
 from trimtab.attribution.result import Attribution, OutputToken
+from trimtab.attribution.slices import Slices, directly
 from trimtab.attribution.subject import Subject
 from trimtab.steering.plan import Plan
 

@@ -31,6 +31,16 @@ class _Ratio(torch.autograd.Function):
         return gradients[0] * ratio, None
 
 
+class _Instead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
 def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
     """Return `x`; its gradient is multiplied by `factor`."""
     scaled: torch.Tensor = _Scaled.apply(x, factor)
@@ -49,3 +59,9 @@ def as_ratio(
         y = function(x, *args, **options)
     ratio: torch.Tensor = _Ratio.apply(x, y)
     return ratio
+
+
+def with_gradient_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of `y`, whose gradient goes to `x`, of the same shape."""
+    shown: torch.Tensor = _Instead.apply(x, y)
+    return shown

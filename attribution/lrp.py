@@ -16,7 +16,7 @@ The authors state that LRP is patented and free of charge for personal and scien
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from trimtab.attribution.errors import AttributionError
-from trimtab.attribution.gradient_scale import as_ratio, scale_gradient
+from trimtab.attribution.gradient_scale import as_ratio, scale_gradient, with_gradient_of
 from trimtab.steering.errors import listed
 
 # Decoders whose every part has a rule below. Another model may hide a product or a gate inside a
@@ -65,28 +65,33 @@ def attn_lrp(model: Any) -> Iterator[None]:
     problem = lrp_problem(model)
     if problem is not None:
         raise AttributionError(f"{problem}. Use another method.", param="method")
-    patched: list[nn.Module] = []
     handles = []
+    patched: dict[nn.Module, Any] = {}  # to what stood in the instance before, if anything did
+
+    def patch(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+        patched[module] = vars(module).get("forward")
+        module.forward = forward
+
     try:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
-                module.forward = partial(_layer_norm, module)  # type: ignore[method-assign]
-                patched.append(module)
+                patch(module, partial(_layer_norm, module, module.forward))
             elif type(module).__name__.endswith("RMSNorm"):
-                module.forward = partial(as_ratio, module.forward)
-                patched.append(module)
+                patch(module, partial(as_ratio, module.forward))
             activation = _activation_of(module)
-            if activation is not None and "forward" not in vars(activation):
-                activation.forward = partial(as_ratio, activation.forward)
-                patched.append(activation)
+            if activation is not None and activation not in patched:
+                patch(activation, partial(as_ratio, activation.forward))
             if any(hasattr(module, name) for name in _GATES) and hasattr(module, "down_proj"):
                 handles.append(module.down_proj.register_forward_pre_hook(_halved))
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module in patched:
-            del module.forward  # the class's own is seen again
+        for module, before in patched.items():
+            if before is None:
+                del module.forward  # the class's own is seen again
+            else:
+                module.forward = before
 
 
 def _activation_of(module: nn.Module) -> nn.Module | None:
@@ -101,11 +106,14 @@ def _halved(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.
     return (scale_gradient(inputs[0], 0.5), *inputs[1:])
 
 
-def _layer_norm(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+def _layer_norm(
+    module: nn.LayerNorm, forward: Callable[..., torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
     """The same numbers; its deviation counts as constant, its mean does not."""
-    centred = x - x.mean(-1, keepdim=True)
+    with torch.no_grad():
+        y = forward(x)
     deviation = (x.var(-1, unbiased=False, keepdim=True) + module.eps).sqrt().detach()
-    y = centred / deviation
+    linear = (x - x.mean(-1, keepdim=True)) / deviation
     if module.weight is not None:
-        y = y * module.weight
-    return y if module.bias is None else y + module.bias
+        linear = linear * module.weight
+    return with_gradient_of(linear, y)

@@ -7,14 +7,15 @@ from typing import Any
 from trimtab.steering.model.decoder import text_config
 
 
-def gradient_bytes(model: Any, n_tokens: int) -> int:
-    """Return about how many bytes one row's forward and backward pass take beside the weights.
+def gradient_bytes(model: Any, n_tokens: int, *, n_rows: int = 1) -> int:
+    """Return about how many bytes a forward and backward pass takes beside the weights.
 
     What every layer keeps for the backward pass, of each token and of each pair of tokens.
 
     Args:
         model: a causal language model.
-        n_tokens: tokens of the row.
+        n_tokens: tokens of a row.
+        n_rows: rows read together.
     """
     config = text_config(model)
     hidden = int(config.hidden_size)
@@ -24,4 +25,4 @@ def gradient_bytes(model: Any, n_tokens: int) -> int:
     size = next(model.parameters()).element_size()
     per_token = n_layers * (16 * hidden + 8 * inner) * size
     per_pair = n_layers * n_heads * 4 * 3
-    return n_tokens * per_token + n_tokens * n_tokens * per_pair
+    return n_rows * (n_tokens * per_token + n_tokens * n_tokens * per_pair)

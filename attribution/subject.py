@@ -82,16 +82,18 @@ class Subject:
                 total += table(ids).float().sum(0)  # through the module, which may scale
             return total / n
 
-    def check_memory(self, n_tokens: int) -> None:
+    def check_memory(self, n_tokens: int, *, n_rows: int) -> None:
         """Refuse a gradient over more tokens than there is memory for.
 
         Args:
             n_tokens: tokens of one row, prompt and answers.
+            n_rows: rows read together.
 
         Raises:
             TooLargeError: it would need more than what is free now.
         """
-        needed, free = gradient_bytes(self.model, n_tokens), free_bytes(self.device)
+        needed = gradient_bytes(self.model, n_tokens, n_rows=n_rows)
+        free = free_bytes(self.device)
         if needed > free:
             raise TooLargeError(
                 f"A gradient over {n_tokens} tokens takes about {needed / 2**30:.1f} GiB and "

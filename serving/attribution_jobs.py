@@ -14,8 +14,8 @@ from enum import StrEnum
 from typing import TypeVar
 
 from trimtab.attribution.errors import CancelledError
-from trimtab.attribution.problem import Slices
 from trimtab.attribution.result import Attribution
+from trimtab.attribution.slices import Slices
 from trimtab.serving.engines.base import ModelAccess, OverloadedError
 
 T = TypeVar("T")

@@ -15,9 +15,9 @@ from trimtab.attribution.attribute import attribute, default_method
 from trimtab.attribution.errors import AttributionError, TooLargeError
 from trimtab.attribution.methods.registry import make, name_of
 from trimtab.attribution.objective import Objective
-from trimtab.attribution.problem import Slices
 from trimtab.attribution.prompt import Prompt, prompt_from_messages, prompt_from_text
 from trimtab.attribution.result import Attribution
+from trimtab.attribution.slices import Slices
 from trimtab.serving.attribution_jobs import Job, Progress, Reservation
 from trimtab.serving.engines.base import ContextLengthError, ModelAccess
 from trimtab.serving.errors import RequestError
@@ -174,7 +174,6 @@ def submit(
             "for another method, or of a shorter prompt.",
             param=f"{path}method",
         )
-    access.subject.check_memory(len(prompt.tokens) + n_answers)
 
     def work(slices: Slices, progress: Progress) -> Attribution:
         return attribute(

@@ -113,6 +113,8 @@ class SteerStep:
                     gates = np.ones((n_tokens, n_parts), dtype=np.float32)
                 if m in request.latched:
                     gates[tokens, m] = request.latched[m]
+                elif part.gate.per_prompt and any(r is request for _, r in self._requests[:-1]):
+                    continue  # an earlier span of this pass is the prompt, and decides for all
                 elif part.gate.per_prompt or inside.any():
                     self._read(part.gate, tokens, m, request, span)
         self._layers = self._plan_layers()
@@ -186,6 +188,8 @@ class SteerStep:
         score = probe(states, reading.direction, slope=gate.slope, intercept=gate.intercept)
         is_open = score > gate.threshold if gate.above else score < gate.threshold
         assert self._gates is not None
+        if torch.is_grad_enabled():
+            self._gates = self._gates.clone()  # a layer before may have kept it for its gradient
         if gate.per_prompt:
             value = float(is_open)
             reading.request.latched[reading.part] = value

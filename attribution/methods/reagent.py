@@ -42,7 +42,7 @@ class ReAGent:
             before; `uniform` from the vocabulary; `baseline` takes the token away.
         seed: of everything drawn.
 
-    Source: Zhao and Shan, arXiv 2402.00794, algorithm 1; casszhao/ReAGent.
+    Source: Zhao and Shan, arXiv 2402.00794; casszhao/ReAGent.
 
     Differs: the paper explains one token's probability. Here p is the geometric mean of the
     answer's token probabilities, or the sigmoid of the log-probability contrast of two answers.

@@ -29,7 +29,7 @@ class ShapleySampling:
         seed: of the orders.
 
     Source: Castro et al., Computers & Operations Research 36 (2009), 1726, algorithm 1; paired
-    orders: Mitchell et al., arXiv 2104.12199, section 3.1; computed by captum 0.9's
+    orders: Mitchell et al., arXiv 2104.12199; computed by captum 0.9's
     ShapleyValueSampling.
 
     Differs: captum draws its orders from torch's global generator, which other threads draw from;

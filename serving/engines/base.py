@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from trimtab.attribution.problem import Slices
+from trimtab.attribution.slices import Slices
 from trimtab.attribution.subject import Subject
 from trimtab.serving.sampling import SamplingParams
 from trimtab.steering.artifact import ModelRef

@@ -73,7 +73,8 @@ async def attributions(http: HttpRequest, server: Server) -> Response:
         return EventStream(_events(server, job, plan), close=lambda: _ended(job))
     found = await or_gone(http, finished(server, job))
     return Response(
-        as_json(AttributionBody(id=job.id, **result_body(found, plan))), media_type="application/json"
+        as_json(AttributionBody(id=job.id, **result_body(found, plan))),
+        media_type="application/json",
     )
 
 

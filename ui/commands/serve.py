@@ -8,18 +8,19 @@ import os
 import shlex
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from trimtab.serving.settings import ServerSettings
 from trimtab.ui.help_page import HelpfulCommand
 from trimtab.ui.options import loading_options, model_argument
+from trimtab.ui.setting_options import setting_options, settings_given
 from trimtab.ui.terminal import say, styled
 
-if TYPE_CHECKING:
-    from trimtab.serving.settings import ServerSettings
-
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
+# Settings whose options need more than a field says: keys from the environment, no limit at all.
+_BY_HAND = ("served_model_name", "api_keys", "admin_keys", "max_dose")
 
 
 @click.command(
@@ -91,56 +92,7 @@ GIB, MIB = 2**30, 2**20
     "TRIMTAB_ADMIN_KEYS.",
 )
 @click.option("--served-name", help="Name of the model on the wire.  [default: the model's own]")
-@click.option(
-    "--request-timeout",
-    default=600.0,
-    show_default=True,
-    type=click.FloatRange(0, min_open=True),
-    metavar="SECONDS",
-    help="Longest a request may take, waiting included.",
-)
-@click.option(
-    "--max-body-mb",
-    default=8.0,
-    show_default=True,
-    type=click.FloatRange(0.01),
-    help="Largest JSON body, MiB.",
-)
-@click.option(
-    "--max-upload-mb",
-    default=64.0,
-    show_default=True,
-    type=click.FloatRange(0.01),
-    help="Largest uploaded vector, MiB.",
-)
-@click.option(
-    "--max-n",
-    default=16,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Most choices for one prompt.",
-)
-@click.option(
-    "--max-prompts",
-    default=64,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Most prompts in one completions request.",
-)
-@click.option(
-    "--max-messages",
-    default=4096,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Most messages in one chat request.",
-)
-@click.option(
-    "--max-stop",
-    default=16,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Most stop strings in one request.",
-)
+@setting_options(ServerSettings, but=_BY_HAND)
 @click.option(
     "--insecure-open",
     is_flag=True,
@@ -165,8 +117,6 @@ def _settings(options: dict[str, Any]) -> ServerSettings:
     """Return the app's settings; whatever pydantic refuses is wrong usage."""
     from pydantic import ValidationError
 
-    from trimtab.serving.settings import ServerSettings
-
     given = click.get_current_context().get_parameter_source("max_dose")
     if options["any_dose"] and given is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("--any-dose and --max-dose exclude each other; give one of them.")
@@ -176,13 +126,7 @@ def _settings(options: dict[str, Any]) -> ServerSettings:
             api_keys=_keys(options["api_keys"], variable="TRIMTAB_API_KEYS"),
             admin_keys=_keys(options["admin_keys"], variable="TRIMTAB_ADMIN_KEYS"),
             max_dose=None if options["any_dose"] else options["max_dose"],
-            max_body_bytes=int(options["max_body_mb"] * MIB),
-            max_upload_bytes=int(options["max_upload_mb"] * MIB),
-            max_n=options["max_n"],
-            max_prompts=options["max_prompts"],
-            max_messages=options["max_messages"],
-            max_stop=options["max_stop"],
-            request_timeout_s=options["request_timeout"],
+            **settings_given(ServerSettings, options, but=_BY_HAND),
         )
     except ValidationError as error:
         # Never the input: it may be a key.

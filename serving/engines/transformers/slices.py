@@ -22,12 +22,16 @@ class SliceQueue:
 
     Args:
         share: of the model's time, over 0 up to 1.
+
+    Attributes:
+        longest_s: the longest slice so far, seconds.
     """
 
     def __init__(self, *, share: float = 0.5) -> None:
         self.share = share
         self._waiting: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._lock = threading.Lock()
+        self.longest_s = 0.0
         self._owed_s = 0.0
         self._is_closed = False
 
@@ -70,7 +74,9 @@ class SliceQueue:
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
-        self._owed_s = (time.perf_counter() - began) * (1 - self.share) / self.share
+        took_s = time.perf_counter() - began
+        self.longest_s = max(self.longest_s, took_s)
+        self._owed_s = took_s * (1 - self.share) / self.share
 
     def close(self) -> None:
         """Refuse what still waits and what comes later."""
