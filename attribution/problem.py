@@ -189,6 +189,8 @@ class Problem:
         found = torch.full((len(before), vocab), -math.log(vocab))
         if known.any():
             found[known] = self._run(work)
+            if not torch.isfinite(found.exp()).all():
+                raise NonFiniteError("The model's predictions are not finite on this input.")
             self.forward_rows += 1
             self._tell()
         return found

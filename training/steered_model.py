@@ -24,6 +24,7 @@ class SteeredModel:
     """
 
     def __init__(self, loaded: LoadedModel, profile: ModelProfile) -> None:
+        self.loaded = loaded
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.device = loaded.device

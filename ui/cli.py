@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": "trimtab.ui.commands.demo:demo",
     "serve": "trimtab.ui.commands.serve:serve",
     "chat": "trimtab.ui.commands.chat:chat",
+    "attribute": "trimtab.ui.commands.attribute:attribute",
     "vectors": "trimtab.ui.commands.vectors:vectors",
     "presets": "trimtab.ui.commands.presets:presets",
     "methods": "trimtab.ui.commands.methods:methods",

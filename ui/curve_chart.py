@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from trimtab.ui.receipt_line import spans
-from trimtab.ui.terminal import styled, width
+from trimtab.ui.terminal import bar, styled, width
 
 
 def curve_chart(calibration: dict[str, Any]) -> str:
@@ -30,13 +29,13 @@ def curve_chart(calibration: dict[str, Any]) -> str:
     ]
     for point, effect in zip(points, effects, strict=True):
         dose = abs(point["scale"]) * knee["dose"]
-        bar = _bar(abs(effect) / most_effect, room)
-        left, right = (bar, "") if effect < 0 else ("", bar)
+        drawn = bar(abs(effect) / most_effect, room)
+        left, right = (drawn, "") if effect < 0 else ("", drawn)
         rise = point["rise"]
         over = ">" if rise > cap else ""
         line = (
             f"{point['scale']:>+6g} {dose:>5.2f}  {effect:>+6.2f} {left:>{room}}|{right:<{room}} "
-            f"{rise:>+6.0%} {_bar(min(max(rise, 0.0), cap) / cap, room)}{over}"
+            f"{rise:>+6.0%} {bar(min(max(rise, 0.0), cap) / cap, room)}{over}"
         )
         if point["scale"] == 1.0:
             line = styled(f"{line.rstrip()}  <- knee: scale 1", "green")
@@ -44,12 +43,3 @@ def curve_chart(calibration: dict[str, Any]) -> str:
     if not knee["is_clean"]:
         lines.append(styled(f"Not clean: {knee['problem']}.", "yellow"))
     return "\n".join(lines)
-
-
-def _bar(share: float, room: int) -> str:
-    try:
-        "█".encode(sys.stdout.encoding or "ascii")
-        block = "█"
-    except UnicodeEncodeError:
-        block = "#"
-    return block * round(share * room)

@@ -24,11 +24,26 @@ model_option: Decorator = click.option(
 model_argument: Decorator = click.argument("model", default=DEFAULT_MODEL_ID)
 
 
-def loading_options(command: Any) -> Any:
-    """Add --device and --dtype."""
+def key_values(
+    ctx: click.Context, option: click.Parameter, given: tuple[str, ...]
+) -> dict[str, str]:
+    """Return a repeated KEY=VALUE option as a dictionary."""
+    options = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (equals and key):
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE.")
+        if key in options:
+            raise click.BadParameter(f"{key!r} is given twice.")
+        options[key] = value
+    return options
+
+
+def loading_options(command: Any, *, dtype: str = "auto") -> Any:
+    """Add --device and --dtype, the latter with a default."""
     command = click.option(
         "--dtype",
-        default="auto",
+        default=dtype,
         show_default=True,
         metavar="TYPE",
         help="float32, bfloat16, float16 or auto; on a CPU, auto measures which is faster.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from trimtab.steering.model.paths import data_home
 
 if TYPE_CHECKING:
+    from trimtab.steering.spec import AblateTerm, SteeringSpec, VectorTerm
     from trimtab.steering.store import Store
 
 
@@ -34,3 +35,15 @@ def all_stores() -> list[Store]:
 
     folders = sorted(path for path in (data_home() / "models").glob("*") if path.is_dir())
     return [Store(folder) for folder in folders]
+
+
+def check_vectors(store: Store, spec: SteeringSpec) -> None:
+    """Look up every vector that a spec names, so that a mistyped one is known at once.
+
+    Raises:
+        NotFoundError: there is none of that id.
+    """
+    terms: list[VectorTerm | AblateTerm] = [*spec.vectors, *spec.ablate]
+    gates = [when for when in (spec.when, *(term.when for term in terms)) if when is not None]
+    for name in [*(term.id for term in terms), *(gate.probe for gate in gates)]:
+        store.vector(name)

@@ -68,6 +68,20 @@ def wrapped(text: str, *, indent: str = "") -> str:
     )
 
 
+def can_show(text: str) -> bool:
+    """Return whether stdout's encoding has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def bar(share: float, room: int) -> str:
+    """Return a bar of a share, 0 to 1, of so many columns."""
+    return ("█" if can_show("█") else "#") * round(share * room)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return aligned columns: numbers to the right, the last column not padded."""
     texts = [[_cell(value) for value in row] for row in rows]

@@ -54,8 +54,8 @@ class IntegratedGradients:
             )
 
     def cost(self, n: int) -> int:
-        """Return 3 rows a point, and the two ends."""
-        return 3 * self.points + 2
+        """Return 3 rows a point, and the two ends where they are no points."""
+        return 3 * self.points + (0 if self.rule == "bisection" else 2)
 
     def explain(self, problem: Problem) -> Scores:
         """Return each token's integral and the residual."""

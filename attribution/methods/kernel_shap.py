@@ -18,6 +18,9 @@ from trimtab.attribution.methods.registry import Scores
 from trimtab.attribution.problem import Problem
 
 MAX_SAMPLES = 16384
+# Rank correlation with the fit to 1024 masks (SmolLM2-135M, three prompts of 12 to 21 tokens): 0.82
+# to 0.96 from 64 masks, 0.92 to 0.98 from 128; without complements 0.83 to 0.91 and 0.90 to 0.95.
+_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class KernelShap:
     penalty of least leave-one-out error, so that fewer masks than tokens do no harm.
     """
 
-    samples: int = 128
+    samples: int = _SAMPLES
     weighting: str = "uniform"
     seed: int = 0
 

@@ -26,7 +26,7 @@ WORK: dict[str, Callable[[Problem], Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3"])
+@pytest.fixture(params=["llama", "gpt2", "gemma3"])
 def subject(request: pytest.FixtureRequest) -> Subject:
     return toy_subject(TOYS[request.param]())
 

@@ -174,12 +174,19 @@ def test_presets(trimtab, store):
 
 def test_concepts_and_methods(trimtab):
     """Catches a bundled data set or a registered method that is not shown."""
+    from trimtab.attribution.methods import registry as attribution
     from trimtab.training.vectors import pairs, registry
 
     assert [c["id"] for c in trimtab("vectors", "concepts", "--json").json] == pairs.concepts()
     found = trimtab("methods", "--json").json
-    assert [m["name"] for m in found] == sorted(registry.METHODS)
-    assert [m["name"] for m in found if m["is_default"]] == [registry.DEFAULT]
+    for kind, known in (("vector", registry), ("attribution", attribution)):
+        own = [m for m in found if m["kind"] == kind]
+        assert [m["name"] for m in own] == sorted(known.METHODS)
+        assert [m["name"] for m in own if m["is_default"]] == [known.DEFAULT]
+        assert trimtab("methods", "--kind", kind, "--json").json == own
+        shown = trimtab("methods", "--kind", kind).out
+        assert all(f"  {m['name']} " in shown for m in own)
+        assert all(f"{key}=" in shown for m in own for key in m["options"])
     assert all(m["source"] for m in found)
     for command in (("vectors", "concepts"), ("methods",)):
         done = trimtab(*command)

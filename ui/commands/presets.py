@@ -9,7 +9,7 @@ import click
 
 from trimtab.ui.help_page import HelpfulGroup
 from trimtab.ui.options import json_option, model_option
-from trimtab.ui.stores import model_id, store_of
+from trimtab.ui.stores import check_vectors, model_id, store_of
 from trimtab.ui.terminal import next_steps, out, out_json, say, table
 
 
@@ -66,8 +66,7 @@ def save(name: str, expression: str, model: str, overwrite: bool) -> None:
     store = store_of(model)
     check_id(name)
     spec = parse_spec(expression, path="the expression")
-    for vector in _vectors_of(spec):
-        store.vector(vector)
+    check_vectors(store, spec)
     if name in store.presets() and not overwrite:
         raise ArtifactError(f"There is a preset {name!r} already; replace it with --overwrite.")
     store.put_preset(name, spec)
@@ -99,12 +98,6 @@ def delete(name: str, model: str) -> None:
     store_of(model).delete_preset(name)
     say(f"Deleted the preset {name}.")
     next_steps("trimtab presets list")
-
-
-def _vectors_of(spec: Any) -> list[str]:
-    terms = [*spec.vectors, *spec.ablate]
-    gates = [when for when in (spec.when, *(term.when for term in terms)) if when is not None]
-    return [*(term.id for term in terms), *(gate.probe for gate in gates)]
 
 
 def _entry(model: str, name: str, spec: Any) -> dict[str, Any]:

@@ -13,25 +13,13 @@ from trimtab.steering.errors import DataError
 from trimtab.steering.model.default import DEFAULT_MODEL_ID
 from trimtab.ui.commands.vector_files import check_is_free
 from trimtab.ui.help_page import HelpfulCommand
-from trimtab.ui.options import json_option, loading_options, model_option
+from trimtab.ui.options import json_option, key_values, loading_options, model_option
 from trimtab.ui.receipt_line import spans
 from trimtab.ui.stores import store_of
 from trimtab.ui.terminal import next_steps, out, out_json, say, stages, table
 
 if TYPE_CHECKING:
     from trimtab.training.vectors.pairs import PairSet
-
-
-def _options(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
-    options = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not (equals and key):
-            raise click.BadParameter(f"{text!r} is not KEY=VALUE.")
-        if key in options:
-            raise click.BadParameter(f"{key!r} is given twice.")
-        options[key] = value
-    return options
 
 
 @click.command(
@@ -60,7 +48,7 @@ def _options(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]
     "options",
     multiple=True,
     metavar="KEY=VALUE",
-    callback=_options,
+    callback=key_values,
     help="An option of the method; repeatable.",
 )
 @click.option(

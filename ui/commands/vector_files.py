@@ -11,6 +11,7 @@ from trimtab.steering.errors import ArtifactError, NotFoundError
 from trimtab.steering.model.default import DEFAULT_MODEL_ID
 from trimtab.ui.help_page import HelpfulCommand
 from trimtab.ui.options import model_option
+from trimtab.ui.output_file import check_can_write
 from trimtab.ui.stores import model_id, store_of
 from trimtab.ui.terminal import ask_to_confirm, next_steps, say
 
@@ -39,10 +40,7 @@ def export(vector_id: str, file: Path, model: str, overwrite: bool) -> None:
 
     if file.suffix not in SUFFIXES:
         raise click.UsageError(f"{file.name!r} must end with .safetensors or .gguf.")
-    if file.exists() and not overwrite:
-        raise ArtifactError(f"{file} is there already; replace it with --overwrite.")
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise ArtifactError(f"{file} cannot be written: its folder is missing, or it is one.")
+    check_can_write(file, overwrite=overwrite)
     vector = store_of(model).vector(vector_id)
     if file.suffix == ".gguf":
         from trimtab.steering.gguf import to_gguf

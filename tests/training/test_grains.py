@@ -1,0 +1,267 @@
+"""Laws of GrAInS: which tokens it masks, what it reads, where its direction points."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy_chat import toy_chat
+from toys import mamba
+
+from trimtab.attribution.errors import AttributionError
+from trimtab.attribution.prompt import Prompt, prompt_from_messages
+from trimtab.attribution.subject import Subject
+from trimtab.steering.errors import DataError, NotFoundError
+from trimtab.steering.model.hooks import captured
+from trimtab.steering.model.profile import profile_model
+from trimtab.steering.plan import additive_plan
+from trimtab.training.calibration import Budget
+from trimtab.training.scoring import answer_logprobs, answer_of
+from trimtab.training.steered_model import SteeredModel
+from trimtab.training.vectors.build import build_vector
+from trimtab.training.vectors.grains import (
+    COMPONENTS,
+    Grains,
+    component_of,
+    prompt_of,
+    strongest,
+    token_scores,
+)
+from trimtab.training.vectors.masked_prompts import last_states
+from trimtab.training.vectors.pairs import Pair, PairSet, concept
+from trimtab.training.vectors.registry import make
+
+MASKS = ("pad", "mean", "zero", "drop")
+PAIRS = [Pair(f"why q{i}?", "abcab"[i % 3 :] * 2, "xyzxy"[i % 3 :] * 2) for i in range(16)]
+SWAPPED = [Pair(p.prompt, p.dispreferred, p.preferred) for p in PAIRS]
+
+
+@pytest.fixture(scope="module")
+def host() -> SteeredModel:
+    return toy_host()
+
+
+def toy_host(model=None) -> SteeredModel:
+    loaded = toy_chat(model)
+    return SteeredModel(loaded, profile_model(loaded.model, model_id="toy"))
+
+
+@pytest.fixture(scope="module")
+def subject(host) -> Subject:
+    return Subject(host.loaded, host.profile)
+
+
+def prompt(host, text: str = "a cat sat") -> Prompt:
+    return prompt_from_messages(host.tokenizer, [{"role": "user", "content": text}])
+
+
+# --- which tokens
+
+
+def test_only_tokens_of_the_sign_are_taken(host):
+    """Catches topping up with tokens of the other sign, or with ones that did nothing."""
+    scores = torch.tensor([0.5, -0.1, 0.0, 2.0, -3.0, -0.2, 0.0, 0.0, 0.0])
+    first = prompt(host).content[0]
+    assert strongest(prompt(host), scores, 9) == (
+        [first + 3, first],
+        [first + 4, first + 5, first + 1],
+    )
+    assert strongest(prompt(host), scores, 1) == ([first + 3], [first + 4])
+    assert strongest(prompt(host), scores.abs(), 2)[1] == []
+
+
+def test_only_words_of_the_prompt_are_taken(host, subject):
+    """Catches template words or end marks masked along with the prompt's own."""
+    own = prompt(host, PAIRS[0].prompt)
+    scores = token_scores(host, subject, PAIRS[0], "attnlrp")
+    assert scores.shape == (len(PAIRS[0].prompt),)  # a token a byte
+    taken = strongest(own, scores, 99)
+    assert sorted(taken[0] + taken[1]) == own.content
+    assert "".join(own.tokens[i].text for i in own.content) == PAIRS[0].prompt
+
+
+def test_scores_turn_with_the_sides(host, subject):
+    """Catches an objective that reads one answer only, or both with the same sign."""
+    there = token_scores(host, subject, PAIRS[1], "kernel_shap")
+    back = token_scores(host, subject, SWAPPED[1], "kernel_shap")
+    assert there.abs().max() > 1e-3
+    assert torch.allclose(there, -back, atol=1e-4)
+
+
+# --- what is read
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_nothing_masked_reads_the_model_itself(host, subject, mask):
+    """Catches a layer off by one, another token's state, or a variant that disturbs its mate."""
+    own = prompt(host)
+    found = last_states(subject, own, [(), own.content[:2], ()], mask=mask)
+    with torch.inference_mode(), captured(host.profile.layers, range(2)) as states:
+        host.model(input_ids=torch.tensor([own.ids]))
+    plain = torch.stack([states[n][0, -1] for n in range(2)])
+    assert torch.allclose(found[0], plain, atol=1e-5)
+    assert torch.equal(found[0], found[2])
+    assert (found[1] - found[0]).abs().amax(1).min() > 1e-3
+
+
+def test_a_pad_stands_where_the_token_stood(host, subject):
+    """Catches a masked prompt that grew shorter, or another token replaced."""
+    own = prompt(host)
+    at = own.content[4]
+    ids = list(own.ids)
+    ids[at] = host.tokenizer.eos_token_id  # the toy has no pad token
+    with torch.inference_mode(), captured(host.profile.layers, range(2)) as states:
+        host.model(input_ids=torch.tensor([ids]))
+    plain = torch.stack([states[n][0, -1] for n in range(2)])
+    assert torch.allclose(last_states(subject, own, [[at]], mask="pad")[0], plain, atol=1e-5)
+
+
+def test_a_dropped_token_cannot_be_read(host, subject):
+    """Catches a token that is still attended to: what it was would then still be seen."""
+    one, other = prompt(host, "a cat sat"), prompt(host, "a dog sat")
+    gone = one.content[2:5]
+    states = [last_states(subject, p, [gone, ()], mask="drop") for p in (one, other)]
+    assert torch.allclose(states[0][0], states[1][0], atol=1e-5)
+    assert (states[0][1] - states[1][1]).abs().max() > 1e-3
+
+
+def test_tokens_are_not_dropped_from_a_model_that_cannot(host):
+    """Catches a state-space model that reads on what was to be hidden, without a word."""
+    other = toy_host(mamba())
+    with pytest.raises(AttributionError, match="hidden from this model"):
+        Grains(mask="drop", attribution="random").find(other, PAIRS)
+    assert torch.isfinite(Grains(mask="pad").find(other, PAIRS)).all()
+
+
+# --- where it points
+
+
+@pytest.mark.parametrize("kind", COMPONENTS)
+def test_a_component_keeps_what_differences_share(kind):
+    """Catches a centred component, which loses the mean, and a sign left to the solver."""
+    noise = torch.randn(40, 3, 16, generator=torch.Generator().manual_seed(0)) * 0.2
+    for sign in (1.0, -1.0):
+        shared = torch.zeros(3, 16)
+        shared[torch.arange(3), torch.arange(3)] = sign
+        found = component_of(shared + noise, kind)
+        assert torch.nn.functional.cosine_similarity(found, shared, dim=1).min() > 0.9
+    if kind == "pca":
+        assert torch.allclose(found.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_swapping_the_answers_turns_the_direction(host, mask, component):
+    """Catches a sign that does not come from which answer is preferred."""
+    method = Grains(mask=mask, component=component)
+    there, back = method.find(host, PAIRS), method.find(host, SWAPPED)
+    assert there.shape == (2, 32)
+    assert torch.allclose(there, -back, rtol=1e-3, atol=1e-4)
+
+
+def test_with_one_token_a_side_the_mean_is_exact(host, subject):
+    """Catches d- added instead of subtracted, and a pair counted where it has no such token."""
+    sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for pair in PAIRS[:5]:
+        own = prompt_of(host, pair.prompt)
+        taken = strongest(own, token_scores(host, subject, pair, "attnlrp"), 1)
+        whole, *masked = last_states(subject, own, [(), *taken], mask="mean")
+        for rows, numbers, state in zip(sides, taken, masked, strict=True):
+            rows.extend([whole - state] * len(numbers))
+    expected = torch.stack(sides[0]).mean(0) - torch.stack(sides[1]).mean(0)
+    found = Grains(k=1, mask="mean", component="mean").find(host, PAIRS[:5])
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_the_same_pairs_give_the_same_direction(host):
+    """Catches chance in the method, its control included."""
+    for method in (Grains(), Grains(attribution="random")):
+        assert torch.equal(method.find(host, PAIRS[:6]), method.find(host, PAIRS[:6]))
+
+
+def test_every_option_changes_the_direction(host):
+    """Catches an option that is read and ignored; the random control is one of them."""
+    options = [
+        {},
+        {"k": "1"},
+        {"mask": "mean"},
+        {"mask": "drop"},
+        {"component": "mean"},
+        {"attribution": "random"},
+        {"attribution": "ig"},
+    ]
+    found = [make("grains", o).find(host, PAIRS[:6])[1] for o in options]  # type: ignore[union-attr]
+    units = torch.stack(found) / torch.stack(found).norm(dim=1, keepdim=True)
+    alike = units @ units.T - 2 * torch.eye(len(options))
+    assert alike.max() < 0.9999
+
+
+# --- refusals
+
+
+def test_pairs_without_a_prompt_are_refused(host):
+    """Catches a direction from the template alone; and reading everything before saying so."""
+    texts = PairSet("texts", tuple(Pair("", "abc" * i, "xyz" * i) for i in range(1, 12)))
+    stages: list[str] = []
+    with pytest.raises(DataError, match="attributes prompts.* has none.*another method"):
+        build_vector(
+            host, texts, id="v", method="grains", progress=lambda name, *_: stages.append(name)
+        )
+    assert not stages
+
+
+def test_options_are_checked():
+    """Catches a value that only fails after the model was loaded and asked."""
+    with pytest.raises(DataError, match="'k' is 0"):
+        make("grains", {"k": "0"})
+    with pytest.raises(DataError, match="expected one of zero, pad, mean, drop"):
+        make("grains", {"mask": "hide"})
+    with pytest.raises(DataError, match="expected one of pca, mean"):
+        make("grains", {"component": "svd"})
+    with pytest.raises(NotFoundError, match="Did you mean 'attnlrp'"):
+        make("grains", {"attribution": "attnlpr"})
+
+
+# --- whole
+
+
+def test_a_vector_is_built_and_calibrated(host):
+    """Catches a method that the build cannot call, or whose work nobody sees."""
+    seen: dict[str, tuple[int, int]] = {}
+
+    def progress(name: str, done: int, total: int) -> None:
+        seen[name] = (done, total)
+
+    vector = build_vector(
+        host,
+        PairSet("letters", tuple(PAIRS)),
+        id="early",
+        method="grains",
+        options={"k": "2"},
+        budget=Budget(n_text_tokens=64, n_generated=6, n_prompts=2),
+        progress=progress,
+    )
+    assert vector.method == "grains"
+    assert vector.settings["k"] == 2
+    assert vector.calibration is not None
+    assert seen["attributing prompts"] == (12, 12)
+
+
+@pytest.mark.slow
+def test_a_real_vector_raises_the_margin_of_held_pairs(smollm2):
+    """Catches a direction that points away from the preferred answers of the real model."""
+    profile = profile_model(smollm2.model, model_id="smollm2", tokenizer=smollm2.tokenizer)
+    host = SteeredModel(smollm2, profile)
+    pairs = concept("optimistic")
+    directions = Grains().find(host, pairs.build[:16])
+    answers = [
+        answer_of(smollm2.tokenizer, pair.prompt, side)
+        for pair in pairs.held[:8]
+        for side in (pair.preferred, pair.dispreferred)
+    ]
+    layer = 14
+    row = directions[layer] / directions[layer].norm() * 0.15 * profile.hidden_norms[layer]
+    margins = []
+    for scale in (-1.0, 0.0, 1.0):
+        scores = answer_logprobs(host, answers, plan=additive_plan({layer: row * scale}))
+        margins.append(float((scores[0::2] - scores[1::2]).mean()))
+    assert margins[0] < margins[1] < margins[2]

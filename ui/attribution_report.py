@@ -1,0 +1,167 @@
+"""An attribution as people see it: pieces of text, their scores on a scale, and facts in words.
+
+Works on the wire form, `Attribution.to_dict()`, so that it serves an answer of a server as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from trimtab.ui.attribution_pieces import Piece, pieces_of
+from trimtab.ui.receipt_line import receipt_line
+
+UNIT = "nats"
+_UNITS = {"reagent": "shares"}
+# A sum is called exact up to here; the wire rounds each of its parts to 6 decimals.
+_EXACT = 1e-3
+# A larger share of the difference that is missed makes even the ranking doubtful.
+_DOUBTFUL = 0.25
+# A fit that explains less says little about any one token.
+_EXPLAINED = 0.5
+
+
+@dataclass(frozen=True)
+class Report:
+    """An attribution with what is known beside it.
+
+    Attributes:
+        result: the wire form; `steering` in it is the receipt of what steered the model.
+        answers: each answer's text by its name (`target`, or `preferred` and `dispreferred`).
+        is_generated: the model gave the answer itself.
+    """
+
+    result: Mapping[str, Any]
+    answers: Mapping[str, str] = field(default_factory=dict)
+    is_generated: bool = False
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """The prompt, first to last."""
+        return pieces_of(self.result["input"])
+
+    @cached_property
+    def scored(self) -> list[Piece]:
+        """The pieces that have a score, the strongest first."""
+        scored = [piece for piece in self.pieces if piece.score is not None]
+        return sorted(scored, key=lambda piece: -abs(piece.score or 0.0))
+
+    @cached_property
+    def end(self) -> float:
+        """The colour scale's end: the 99th percentile of the scores' sizes, at least 1e-9."""
+        sizes = sorted(abs(piece.score or 0.0) for piece in self.scored)
+        if not sizes:
+            return 1e-9
+        at = 0.99 * (len(sizes) - 1)
+        low = int(at)
+        high = min(low + 1, len(sizes) - 1)
+        return max(sizes[low] + (at - low) * (sizes[high] - sizes[low]), 1e-9)
+
+    @property
+    def unit(self) -> str:
+        """What the scores are in."""
+        return _UNITS.get(self.result["method"], UNIT)
+
+    def share(self, piece: Piece) -> float:
+        """Return a piece's score as a share of the scale, -1 to 1; 0 for one without a score."""
+        return max(-1.0, min(1.0, (piece.score or 0.0) / self.end))
+
+    # --- in words
+
+    def heading(self, answer: str) -> str:
+        """Return what an answer is called."""
+        if self.is_generated and answer != "dispreferred":
+            return "The model's own answer"
+        return "Answer" if answer == "target" else f"{answer.capitalize()} answer"
+
+    @property
+    def question(self) -> str:
+        """What F is."""
+        is_contrast = self.result["objective"]["kind"] == "logprob_contrast"
+        what = "log P(preferred) - log P(dispreferred)" if is_contrast else "log P(answer)"
+        each = ", each a mean over its tokens" if is_contrast else ", a mean over its tokens"
+        return what + (each if self.result["objective"]["length_normalized"] else "")
+
+    @property
+    def values(self) -> str:
+        """F at the prompt and at the baseline."""
+        objective = self.result["objective"]
+        with_words, without = objective["value"], objective["baseline_value"]
+        return (
+            f"F = {self.question} = {with_words:+.3f} nats; with its words taken away (baseline "
+            f"{self.result['params']['baseline']}) {without:+.3f}."
+        )
+
+    @property
+    def completeness(self) -> str:
+        """Whether the scores sum to the difference, and what had to be handed out for it."""
+        summary, objective = self.result["summary"], self.result["objective"]
+        total, residual = summary["sum"], summary["residual"]
+        difference = objective["value"] - objective["baseline_value"]
+        if self.unit != UNIT:
+            return f"The scores are {self.unit} of all that counts, not nats, and sum to 1."
+        if residual is None:
+            return f"The scores sum to {total:+.3f}; {self.result['method']} promises no sum."
+        told = f"The scores sum to {total:+.3f}"
+        if abs(residual) < _EXACT:
+            told += ", the difference between the two."
+        elif abs(summary["completeness_gap"]) < _EXACT:
+            told += (
+                f", the difference between the two, after a residual of {residual:+.3f} was "
+                "handed out."
+            )
+        else:
+            told += f", the difference between the two is {difference:+.3f}: a residual of "
+            told += f"{residual:+.3f}."
+        if summary["error_bound"] is not None and summary["error_bound"] >= _EXACT:
+            told += f" Together they may be {summary['error_bound']:.3f} off."
+        if "explained" in self.result["params"]:
+            told += f" They explain {self.result['params']['explained']:.1%} of how F varied."
+        return told
+
+    @property
+    def doubt(self) -> str | None:
+        """A warning, where too much is missed to trust the scores, with what mends it."""
+        objective, summary = self.result["objective"], self.result["summary"]
+        params = self.result["params"]
+        if params.get("explained", 1.0) < _EXPLAINED:
+            more = f"--set samples={4 * params['samples']}"
+            return f"That is little: do not trust the order of these scores. Try {more}."
+        # Others than a path integral may miss much of the difference and still rank well.
+        if summary["error_bound"] is None or summary["residual"] is None:
+            return None
+        difference = abs(objective["value"] - objective["baseline_value"])
+        if abs(summary["residual"]) <= max(_DOUBTFUL * difference, _EXACT):
+            return None
+        more = f" Try --set points={2 * params['points'] - 1}." if "points" in params else ""
+        return (
+            f"What was missed is over {_DOUBTFUL:.0%} of the difference: do not trust the order of "
+            f"these scores.{more}"
+        )
+
+    @property
+    def steering(self) -> str | None:
+        """What steered the model; None if nothing did."""
+        receipt = self.result.get("steering")
+        return None if receipt is None else receipt_line(receipt)
+
+    @property
+    def work(self) -> str:
+        """How it was computed and what it took."""
+        usage, result = self.result["usage"], self.result
+        return (
+            f"{result['method']} on {result['model']} in {result['dtype']}: "
+            f"{_counted(usage['forward_passes'], 'pass', 'passes')}, "
+            f"{_counted(usage['backward_passes'], 'gradient', 'gradients')}, "
+            f"{usage['ms'] / 1000:.1f} s."
+        )
+
+    def tokens_of(self, answer: str) -> list[Mapping[str, Any]]:
+        """Return the tokens of an answer, with their log-probabilities."""
+        return [token for token in self.result["output"] if token["answer"] == answer]
+
+
+def _counted(n: int, one: str, many: str) -> str:
+    return f"{n} {one if n == 1 else many}"
