@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from trimtab.attribution.errors import NonFiniteError
+from trimtab.attribution.faithfulness import faithfulness
 from trimtab.attribution.lrp import lrp_problem
-from trimtab.attribution.methods.registry import DEFAULT, WITHOUT_GRADIENTS, make, name_of
+from trimtab.attribution.methods.registry import DEFAULT, WITHOUT_GRADIENTS, Method, make, name_of
 from trimtab.attribution.objective import Objective
 from trimtab.attribution.problem import Problem
 from trimtab.attribution.prompt import Prompt
@@ -19,6 +20,10 @@ from trimtab.attribution.result import Attribution, OutputToken
 from trimtab.attribution.slices import Slices, directly
 from trimtab.attribution.subject import Subject
 from trimtab.steering.plan import Plan
+
+# What one result's faithfulness may cost: at most 20 * 5 + 2 * 2 * 5 + 32 + 2 rows.
+_MEASURING: dict[str, int] = {"n_controls": 4, "n_masks": 32, "n_draws": 2}
+_MEASURED_ROWS = 154
 
 
 def default_method(subject: Subject, *, attnlrp: bool = True) -> str:
@@ -40,6 +45,7 @@ def attribute(
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     baseline: str = "zero",
+    is_measured: bool = False,
     plan: Plan | None = None,
     slices: Slices = directly,
     progress: Callable[[int, int], None] | None = None,
@@ -53,6 +59,7 @@ def attribute(
         method: registry name or alias; None takes `default_method`.
         options: the method's options.
         baseline: what stands in for a token taken away: `zero`, `pad`, `mean` or `drop`.
+        is_measured: measure the scores' faithfulness too.
         plan: steering of the model under question.
         slices: where each bounded piece of the work runs.
         progress: told (rows done, rows in all) after each piece; a gradient counts as two more.
@@ -65,7 +72,7 @@ def attribute(
     began = time.perf_counter()
     method = method or default_method(subject)
     how = make(method, options)
-    total = 2 + how.cost(len(prompt.content))
+    total = rows_of(how, len(prompt.content), is_measured=is_measured)
 
     def tell(done: int) -> None:
         if progress is not None:
@@ -81,6 +88,9 @@ def attribute(
     found = how.explain(problem)
     if not torch.isfinite(found.values).all():
         raise NonFiniteError("The scores are not finite; use another method.")
+    measured = None
+    if is_measured:
+        measured = faithfulness(problem, found.values, **_MEASURING)
     scores: list[float | None] = [None] * len(prompt.tokens)
     for i, score in zip(prompt.content, found.values.tolist(), strict=True):
         scores[i] = score
@@ -88,6 +98,7 @@ def attribute(
         prompt=prompt,
         objective=objective,
         scores=tuple(scores),
+        units=found.units,
         output=_output(subject, objective, logprobs[0].tolist()),
         method=name_of(method),
         settings={**asdict(how), **found.facts},  # type: ignore[call-overload]
@@ -102,7 +113,19 @@ def attribute(
         forward_rows=problem.forward_rows,
         backward_rows=problem.backward_rows,
         seconds=time.perf_counter() - began,
+        faithfulness=measured,
     )
+
+
+def rows_of(how: Method, n: int, *, is_measured: bool) -> int:
+    """Return the rows an attribution reads at most, a gradient as two more.
+
+    Args:
+        how: the method.
+        n: content tokens.
+        is_measured: whether its faithfulness is measured too.
+    """
+    return 2 + how.cost(n) + (_MEASURED_ROWS if is_measured else 0)
 
 
 def _output(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from trimtab.attribution.faithfulness import Faithfulness
 from trimtab.attribution.objective import Objective
 from trimtab.attribution.prompt import Prompt
 
@@ -26,7 +27,8 @@ class Attribution:
     Attributes:
         prompt: the prompt.
         objective: what was explained.
-        scores: one a prompt token, nats; None for template and special tokens.
+        scores: one a prompt token, in `units`; None for template and special tokens.
+        units: `nats` of F, or `share`.
         output: the answers' tokens.
         method: the method's name.
         settings: its options, and what the run came to.
@@ -42,11 +44,13 @@ class Attribution:
         forward_rows: variants of the prompt read.
         backward_rows: gradients taken.
         seconds: wall-clock time.
+        faithfulness: how the scores fare, beside permuted ones; None if nobody asked.
     """
 
     prompt: Prompt
     objective: Objective
     scores: tuple[float | None, ...]
+    units: str
     output: tuple[OutputToken, ...]
     method: str
     settings: dict[str, Any]
@@ -61,6 +65,7 @@ class Attribution:
     forward_rows: int
     backward_rows: int
     seconds: float
+    faithfulness: Faithfulness | None = None
 
     @property
     def total(self) -> float:
@@ -120,6 +125,7 @@ class Attribution:
                 for i, token in enumerate(self.output)
             ],
             "summary": {
+                "units": self.units,
                 "sum": round(self.total, 6),
                 "completeness_gap": _rounded(self.completeness_gap),
                 "residual": _rounded(self.residual),
@@ -134,7 +140,21 @@ class Attribution:
                 "backward_passes": self.backward_rows,
                 "ms": round(self.seconds * 1000, 1),
             },
+            **({} if self.faithfulness is None else {"faithfulness": self._faithfulness()}),
         }
+
+    def _faithfulness(self) -> dict[str, Any]:
+        assert self.faithfulness is not None
+        found: dict[str, Any] = _all_rounded(self.faithfulness.to_dict())
+        return {"units": "nats", **found}
+
+
+def _all_rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _all_rounded(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_all_rounded(part) for part in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def _rounded(value: float | None) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
-from trimtab.attribution.attribute import attribute, default_method
+from trimtab.attribution.attribute import attribute, default_method, rows_of
 from trimtab.attribution.errors import AttributionError, TooLargeError
 from trimtab.attribution.methods.registry import make, name_of
 from trimtab.attribution.objective import Objective
@@ -164,7 +164,9 @@ def submit(
             f"{server.info.max_context}.",
             param="messages",
         )
-    rows = 2 + make(question.method, how.params).cost(len(prompt.content))
+    rows = rows_of(
+        make(question.method, how.params), len(prompt.content), is_measured=how.faithfulness
+    )
     work_tokens = rows * (len(prompt.tokens) + n_answers)
     most = server.settings.attribution_max_tokens
     if work_tokens > most:
@@ -183,6 +185,7 @@ def submit(
             method=question.method,
             options=how.params,
             baseline=how.baseline,
+            is_measured=how.faithfulness,
             plan=question.plan,
             slices=slices,
             progress=progress,

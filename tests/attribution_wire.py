@@ -27,6 +27,7 @@ def wire(*tokens: Token, text: str | None = None, **changes: Any) -> dict[str, A
         )
         at += len(piece)
     summary = {
+        "units": "nats",
         "sum": sum(scores),
         "completeness_gap": None,
         "residual": None,
@@ -60,4 +61,5 @@ def wire(*tokens: Token, text: str | None = None, **changes: Any) -> dict[str, A
             "backward_passes": 1,
             "ms": 12.0,
         },
+        **changes.get("more", {}),
     }

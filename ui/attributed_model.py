@@ -110,6 +110,7 @@ class AttributedModel:
         method: str | None,
         options: Mapping[str, Any],
         baseline: str,
+        is_measured: bool,
         progress: Callable[[int, int], None],
     ) -> Attribution:
         """Score the prompt's tokens; see `trimtab.attribution.attribute`."""
@@ -122,6 +123,7 @@ class AttributedModel:
             method=method,
             options=options,
             baseline=baseline,
+            is_measured=is_measured,
             plan=self.plan,
             progress=progress,
         )

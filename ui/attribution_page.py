@@ -96,7 +96,13 @@ def _legend(report: Report) -> str:
 
 
 def _facts(report: Report) -> str:
-    lines = [report.values, report.completeness, report.doubt, report.work]
+    lines = [
+        report.values,
+        report.completeness,
+        report.doubt,
+        report.faithfulness,
+        report.work,
+    ]
     return "\n".join(f"<p>{escape(line)}</p>" for line in lines if line)
 
 

@@ -14,7 +14,6 @@ from trimtab.ui.attribution_pieces import Piece, pieces_of
 from trimtab.ui.receipt_line import receipt_line
 
 UNIT = "nats"
-_UNITS = {"reagent": "shares"}
 # A sum is called exact up to here; the wire rounds each of its parts to 6 decimals.
 _EXACT = 1e-3
 # A larger share of the difference that is missed makes even the ranking doubtful.
@@ -62,7 +61,8 @@ class Report:
     @property
     def unit(self) -> str:
         """What the scores are in."""
-        return _UNITS.get(self.result["method"], UNIT)
+        unit: str = self.result["summary"]["units"]
+        return unit
 
     def share(self, piece: Piece) -> float:
         """Return a piece's score as a share of the scale, -1 to 1; 0 for one without a score."""
@@ -101,7 +101,7 @@ class Report:
         total, residual = summary["sum"], summary["residual"]
         difference = objective["value"] - objective["baseline_value"]
         if self.unit != UNIT:
-            return f"The scores are {self.unit} of all that counts, not nats, and sum to 1."
+            return "The scores are shares of all that counts, not nats, and sum to 1."
         if residual is None:
             return f"The scores sum to {total:+.3f}; {self.result['method']} promises no sum."
         told = f"The scores sum to {total:+.3f}"
@@ -120,6 +120,20 @@ class Report:
         if "explained" in self.result["params"]:
             told += f" They explain {self.result['params']['explained']:.1%} of how F varied."
         return told
+
+    @property
+    def faithfulness(self) -> str | None:
+        """How the scores fare when tokens are taken away, beside permuted ones, if measured."""
+        found = self.result.get("faithfulness")
+        if found is None:
+            return None
+        area, loss = found["delta_af"], found["aopc"]
+        return (
+            f"Faithfulness: taking the lowest first instead of the highest is worth "
+            f"{area['value']:+.3f} nats (the same scores in random places {area['control']:+.3f}, "
+            f"sd {area['control_sd']:.3f}); without the highest half F loses up to "
+            f"{loss['value']:+.3f} nats on average (random {loss['control']:+.3f})."
+        )
 
     @property
     def doubt(self) -> str | None:

@@ -84,6 +84,8 @@ def facts(report: Report) -> str:
     lines = [wrapped(report.values), wrapped(report.completeness)]
     if report.doubt:
         lines.append(styled(wrapped(report.doubt), "yellow"))
+    if report.faithfulness:
+        lines.append(wrapped(report.faithfulness))
     if report.steering:
         lines.append(wrapped(f"Steered: {report.steering}."))
     lines.append(wrapped(report.work))

@@ -109,6 +109,7 @@ class ReAGent:
         averaged = scores[has_stopped] if has_stopped.any() else scores
         return Scores(
             averaged.softmax(1).mean(0).float(),
+            units="share",
             facts={"steps_taken": n_steps, "chains_stopped": int(has_stopped.sum())},
         )
 

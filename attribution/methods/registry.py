@@ -45,12 +45,14 @@ class Scores:
         residual: F(x) - F(baseline) minus the sum of the scores as the method found them, before
             any correction; None for a method that promises no sum.
         error_bound: an estimate of how far a method that promises a sum may be off, in nats.
+        units: of the values: `nats` of F, or `share` for scores without a direction.
         facts: what the run came to, such as points used, for the result's settings.
     """
 
     values: torch.Tensor
     residual: float | None = None
     error_bound: float | None = None
+    units: str = "nats"
     facts: dict[str, Any] = field(default_factory=dict)
 
 

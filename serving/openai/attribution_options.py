@@ -26,6 +26,9 @@ class AttributionOptions(StrictModel):
     length_normalized: bool = Field(
         False, description="Divide each answer's log-probability by its number of tokens"
     )
+    faithfulness: bool = Field(
+        False, description="Measure the scores too, beside the same scores in random places"
+    )
     contrast: Answer | None = Field(
         None, description="Another answer: explain why the model says its own rather than this"
     )

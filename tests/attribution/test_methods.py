@@ -142,7 +142,7 @@ def test_masks_work_with_dropped_tokens(llama: Subject, method: str) -> None:
 
 @pytest.mark.parametrize("replacer", ["model", "uniform", "baseline"])
 def test_reagent_gives_shares(llama: Subject, replacer: str) -> None:
-    """A chain averaged before its softmax, or one that never moves, is no distribution."""
+    """Scores that are no distribution, or chains that never move, are not ReAGent's."""
     options = {"replacer": replacer, "steps": 6, "chains": 3}
     found = make("reagent", options).explain(toy_problem(llama))
     assert float(found.values.sum()) == pytest.approx(1, abs=1e-5)

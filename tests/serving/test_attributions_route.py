@@ -118,6 +118,19 @@ def test_progress_comes_before_the_result(transformers_served: Served) -> None:
     assert whole["summary"]["completeness_gap"] == pytest.approx(0, abs=1e-4)
 
 
+def test_faithfulness_comes_when_asked_for(transformers_served: Served) -> None:
+    """Catches scores measured on another question, or a figure without its control."""
+    plain = found(transformers_served)
+    body = found(transformers_served, faithfulness=True)
+    assert "faithfulness" not in plain
+    assert scores(body) == scores(plain)
+    measured = body["faithfulness"]
+    assert measured["deletion"][0] == pytest.approx(plain["objective"]["value"], abs=1e-4)
+    assert measured["deletion"][-1] == pytest.approx(plain["objective"]["baseline_value"], abs=1e-4)
+    assert measured["delta_af"]["control_sd"] > 0
+    assert body["usage"]["forward_passes"] > plain["usage"]["forward_passes"]
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [

@@ -13,7 +13,7 @@ from attribution_wire import wire
 from trimtab.ui import colour_scale
 from trimtab.ui.attribution_page import attribution_page
 from trimtab.ui.attribution_report import Report
-from trimtab.ui.attribution_text import attribution_text, coloured
+from trimtab.ui.attribution_text import attribution_text, coloured, facts
 from trimtab.ui.colour_scale import INK, nearest_of_256, tint
 from trimtab.ui.visible_text import visible
 
@@ -179,7 +179,7 @@ def test_a_light_terminal_gets_light_colours(terminal, monkeypatch):
             {"params": {"explained": 0.83}, "summary": {"residual": 0.0, "completeness_gap": 0}},
             "83.0%",
         ),
-        ({"method": "reagent"}, "shares of all that counts, not nats"),
+        ({"summary": {"units": "share"}}, "shares of all that counts, not nats"),
     ],
 )
 def test_completeness_is_said_in_words(changes, said):
@@ -204,6 +204,19 @@ def test_a_poor_fit_is_a_warning():
     assert "--set samples=64" in (poor.doubt or "")
     good = Report(wire(("a", 2.0), summary=summary, params={"samples": 16, "explained": 0.97}))
     assert good.doubt is None
+
+
+def test_faithfulness_is_said_beside_its_control():
+    """Catches a figure without the one that chance gets, or one that is never shown."""
+    area = {"value": 5.0, "control": 0.25, "control_sd": 0.5}
+    loss = {"value": 4.0, "control": 1.5, "control_sd": 0.5}
+    measured = {"faithfulness": {"delta_af": area, "aopc": loss}}
+    report = Report(wire(("a", 2.0), more=measured))
+    assert "+5.000 nats" in (report.faithfulness or "")
+    assert "+0.250" in (report.faithfulness or "")
+    assert "Faithfulness" in facts(report)
+    assert "Faithfulness" in attribution_page(report)
+    assert Report(wire(("a", 2.0))).faithfulness is None
 
 
 def test_page_runs_nothing_and_loads_nothing():

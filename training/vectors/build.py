@@ -17,7 +17,7 @@ from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.activations import Position, hidden_states
 from trimtab.training.vectors.pairs import Pair, PairSet
 from trimtab.training.vectors.probes import fit_probes
-from trimtab.training.vectors.registry import ALIASES, DEFAULT, make
+from trimtab.training.vectors.registry import ALIASES, DEFAULT, ModelMethod, make
 
 # Relative dose a layer when calibration is left out: small enough for one layer of any model.
 UNCALIBRATED_DOSE = 0.1
@@ -48,7 +48,8 @@ def build_vector(
         id: the vector's name.
         method: registry name or alias.
         options: the method's options.
-        position: which of an answer's tokens to read.
+        position: which of an answer's tokens to read; for a method that asks the model itself only
+            the probe's.
         normalize: whether steering keeps the hidden norm by default.
         is_calibrated: choose layers and scale by measurement; otherwise the middle layer at a
             relative dose of 0.1.
@@ -70,11 +71,18 @@ def build_vector(
         if progress is not None:
             progress("reading hidden states", done, total)
 
+    def asking(done: int, total: int) -> None:
+        if progress is not None:
+            progress("attributing prompts", done, total)
+
     answers = [tokens for pair in fit + calibration for tokens in _answers(host, pair)]
+    if isinstance(fitter, ModelMethod):  # first, for it may refuse the pairs
+        directions = fitter.find(host, fit, progress=asking)
     states = hidden_states(host, answers, position=position, progress=reading)
     states = states.view(-1, 2, *states.shape[1:])
     n = len(fit)
-    directions = fitter.fit(states[:n, 0], states[:n, 1])
+    if not isinstance(fitter, ModelMethod):
+        directions = fitter.fit(states[:n, 0], states[:n, 1])
     if not torch.isfinite(directions).all() or bool((directions.norm(dim=1) == 0).any()):
         raise DataError(
             f"{pairs.name}: {method} finds no direction; the two sides look the same to the model."

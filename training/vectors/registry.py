@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from trimtab.steering.registry import MethodCard, Registry
+from trimtab.training.steered_model import SteeredModel
+from trimtab.training.vectors.pairs import Pair
 
 METHODS = {
+    "grains": "trimtab.training.vectors.grains:Grains",
     "logistic": "trimtab.training.vectors.logistic:Logistic",
     "mass_mean": "trimtab.training.vectors.mass_mean:MassMean",
     "mean_difference": "trimtab.training.vectors.mean_difference:MeanDifference",
@@ -19,7 +23,8 @@ DEFAULT = "mean_difference"
 _REGISTRY = Registry(METHODS, ALIASES)
 
 
-class Method(Protocol):
+@runtime_checkable
+class StateMethod(Protocol):
     """Finds one direction a layer from contrasted hidden states. A frozen dataclass of options."""
 
     def fit(self, preferred: torch.Tensor, dispreferred: torch.Tensor) -> torch.Tensor:
@@ -30,6 +35,33 @@ class Method(Protocol):
             dispreferred: the same pairs' other side, the same shape.
         """
         ...
+
+
+@runtime_checkable
+class ModelMethod(Protocol):
+    """Finds one direction a layer by asking the model. A frozen dataclass of options."""
+
+    def find(
+        self,
+        host: SteeredModel,
+        pairs: Sequence[Pair],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """Return directions toward the preferred answers, `[n_layers, d]`, float32.
+
+        Args:
+            host: the model, unsteered.
+            pairs: what to learn from.
+            progress: called with pairs done and pairs in all.
+
+        Raises:
+            DataError: pairs the method can learn nothing from.
+        """
+        ...
+
+
+Method = StateMethod | ModelMethod
 
 
 def method_class(name: str) -> type[Any]:

@@ -82,6 +82,11 @@ OTHERS = ("kernel_shap", "integrated_gradients")  # of different kinds, to compa
 )
 @click.option("--any-dose", is_flag=True, help="Allow doses that break the model.")
 @click.option(
+    "--faithfulness",
+    is_flag=True,
+    help="Measure the scores too, beside the same scores in random places: about 150 passes.",
+)
+@click.option(
     "--html",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -105,6 +110,7 @@ def attribute(
     normalize_length: bool,
     steer: str | None,
     any_dose: bool,
+    faithfulness: bool,
     html: Path | None,
     overwrite: bool,
     model: str,
@@ -155,6 +161,7 @@ def attribute(
             method=method,
             options=options,
             baseline=baseline,
+            is_measured=faithfulness,
             progress=lambda done, total: stage("Attributing", done, total),
         )
     report = Report(
