@@ -158,7 +158,7 @@ class Problem:
                 param="params.baseline",
             )
         most = min(len(rows), self._rows_a_slice())
-        self.subject.check_memory(self.row_tokens, n_rows=most)
+        self.subject.check_memory(self.row_tokens, n_logits=len(self.weights), n_rows=most)
         values, gradients = [], []
         for part in rows.split(most):
             value, gradient = self._gradient_slice(part, is_lrp=is_lrp)

@@ -82,17 +82,18 @@ class Subject:
                 total += table(ids).float().sum(0)  # through the module, which may scale
             return total / n
 
-    def check_memory(self, n_tokens: int, *, n_rows: int) -> None:
+    def check_memory(self, n_tokens: int, *, n_logits: int, n_rows: int) -> None:
         """Refuse a gradient over more tokens than there is memory for.
 
         Args:
             n_tokens: tokens of one row, prompt and answers.
+            n_logits: tokens of the answers.
             n_rows: rows read together.
 
         Raises:
             TooLargeError: it would need more than what is free now.
         """
-        needed = gradient_bytes(self.model, n_tokens, n_rows=n_rows)
+        needed = gradient_bytes(self.model, n_tokens, n_logits=n_logits, n_rows=n_rows)
         free = free_bytes(self.device)
         if needed > free:
             raise TooLargeError(

@@ -3,7 +3,8 @@
     python benchmarks/attribution_cost.py speed              # with nothing else running
     python benchmarks/attribution_cost.py memory             # a fresh process for each size
 
-`speed` alternates its arms in one process and reports medians. captum's LLMGradientAttribution
+`speed` alternates its arms in one process and reports medians of the processor's time, which other
+processes on the machine disturb less than the clock's. captum's LLMGradientAttribution
 integrates once for each token of the answer; ours once for their sum. Tree: two answers after one
 pass over the prompt; apart: the model's own forward pass on each and one gradient.
 
@@ -72,8 +73,8 @@ def question(subject: Subject, n_prompt: int, n_answer: int, *, n_answers: int =
 def speed(*, points: int, repeats: int) -> None:
     """Print how long each arm takes beside its like."""
     subject = default_subject()
-    print(f"{torch.get_num_threads()} thread(s), float32, medians of {repeats} (least to most):\n")
-    print("| what | s | against | s | ratio of medians | least and most of each turn |")
+    print(f"{torch.get_num_threads()} thread(s), float32, medians of {repeats}:\n")
+    print("| what | CPU s | against | CPU s | ratio of medians | least to most of the turns |")
     print("|---|---|---|---|---|---|")
     for n_prompt in (64,):
         ours, theirs = _integrals(subject, n_prompt, points)
@@ -142,9 +143,9 @@ def _race(
     for turn in range(repeats + 1):
         pair = []
         for arm in (run, against):
-            began = time.perf_counter()
+            began = time.process_time()
             arm()
-            pair.append(time.perf_counter() - began)
+            pair.append(time.process_time() - began)
         if turn:  # the first warms
             taken.append((pair[0], pair[1]))
     first, second = (stats.median(p[i] for p in taken) for i in (0, 1))
