@@ -240,7 +240,7 @@ def peak(case: dict[str, Any]) -> dict[str, Any]:
     return {
         **case,
         "bytes": _status("VmHWM") - before,
-        "estimate": gradient_bytes(loaded.model, problem.row_tokens),
+        "estimate": gradient_bytes(loaded.model, problem.row_tokens, n_logits=len(problem.weights)),
         "row_tokens": problem.row_tokens,
         "n_layers": config.num_hidden_layers,
         "width": config.hidden_size,

@@ -115,6 +115,27 @@ def test_a_pad_stands_where_the_token_stood(host, subject):
     assert torch.allclose(last_states(subject, own, [[at]], mask="pad")[0], plain, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_tree", [True, False])
+def test_answers_are_read_after_the_prompt_they_follow(host, subject, is_tree):
+    """Catches answers that see each other, prompt tokens counted in, and a mask that is lost."""
+    if not is_tree:
+        host = toy_host(mamba())
+        subject = Subject(host.loaded, host.profile)
+    assert (subject.tree_problem is None) == is_tree
+    own = prompt(host)
+    gone, answers = own.content[-2:], [(65, 40, 83), (70, 101)]
+    found = last_states(subject, own, [(), gone], mask="pad", answers=answers)
+    for row, taken in zip(found, ((), gone), strict=True):
+        ids = [host.tokenizer.eos_token_id if i in taken else x for i, x in enumerate(own.ids)]
+        means = []
+        for answer in answers:
+            with torch.inference_mode(), captured(host.profile.layers, range(2)) as states:
+                host.model(input_ids=torch.tensor([[*ids, *answer]]))
+            means.append(torch.stack([states[n][0, len(ids) :].mean(0) for n in range(2)]))
+        assert torch.allclose(row, torch.stack(means).mean(0), rtol=0, atol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-4  # a random state-space model forgets quickly
+
+
 def test_a_dropped_token_cannot_be_read(host, subject):
     """Catches a token that is still attended to: what it was would then still be seen."""
     one, other = prompt(host, "a cat sat"), prompt(host, "a dog sat")
@@ -152,7 +173,7 @@ def test_a_component_keeps_what_differences_share(kind):
 @pytest.mark.parametrize("mask", MASKS)
 def test_swapping_the_answers_turns_the_direction(host, mask, component):
     """Catches a sign that does not come from which answer is preferred."""
-    method = Grains(mask=mask, component=component)
+    method = Grains(mask=mask, component=component, read="prompt" if mask == "pad" else "answer")
     there, back = method.find(host, PAIRS), method.find(host, SWAPPED)
     assert there.shape == (2, 32)
     assert torch.allclose(there, -back, rtol=1e-3, atol=1e-4)
@@ -168,7 +189,7 @@ def test_with_one_token_a_side_the_mean_is_exact(host, subject):
         for rows, numbers, state in zip(sides, taken, masked, strict=True):
             rows.extend([whole - state] * len(numbers))
     expected = torch.stack(sides[0]).mean(0) - torch.stack(sides[1]).mean(0)
-    found = Grains(k=1, mask="mean", component="mean").find(host, PAIRS[:5])
+    found = Grains(k=1, mask="mean", component="mean", read="prompt").find(host, PAIRS[:5])
     assert torch.allclose(found, expected, atol=1e-6)
 
 
@@ -185,7 +206,8 @@ def test_every_option_changes_the_direction(host):
         {"k": "1"},
         {"mask": "mean"},
         {"mask": "drop"},
-        {"component": "mean"},
+        {"component": "pca"},
+        {"read": "prompt"},
         {"attribution": "random"},
         {"attribution": "ig"},
     ]
@@ -225,8 +247,10 @@ def test_options_are_checked():
         make("grains", {"k": "0"})
     with pytest.raises(DataError, match="expected one of zero, pad, mean, drop"):
         make("grains", {"mask": "hide"})
-    with pytest.raises(DataError, match="expected one of pca, mean"):
+    with pytest.raises(DataError, match="expected one of mean, pca"):
         make("grains", {"component": "svd"})
+    with pytest.raises(DataError, match="expected one of answer, prompt"):
+        make("grains", {"read": "question"})
     with pytest.raises(NotFoundError, match="Did you mean 'attnlrp'"):
         make("grains", {"attribution": "attnlpr"})
 
