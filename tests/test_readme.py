@@ -47,7 +47,13 @@ def test_curl_blocks_run(text, real_server):
 
 def test_named_files_exist():
     """Catches a link or a path in the prose that points nowhere."""
-    for name in ("README.md", "ARCHITECTURE.md", "docs/steering.md", "docs/vectors.md"):
+    for name in (
+        "README.md",
+        "ARCHITECTURE.md",
+        "docs/attribution.md",
+        "docs/steering.md",
+        "docs/vectors.md",
+    ):
         text = (ROOT / name).read_text(encoding="utf-8")
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert ((ROOT / name).parent / link).exists(), f"{name} links to {link}"

@@ -8,20 +8,20 @@ from toy_chat import toy_chat
 from toys import mamba
 
 from trimtab.attribution.errors import AttributionError
+from trimtab.attribution.problem import Problem
 from trimtab.attribution.prompt import Prompt, prompt_from_messages
 from trimtab.attribution.subject import Subject
 from trimtab.steering.errors import DataError, NotFoundError
 from trimtab.steering.model.hooks import captured
 from trimtab.steering.model.profile import profile_model
-from trimtab.steering.plan import additive_plan
 from trimtab.training.calibration import Budget
-from trimtab.training.scoring import answer_logprobs, answer_of
 from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.build import build_vector
 from trimtab.training.vectors.grains import (
     COMPONENTS,
     Grains,
     component_of,
+    objective_of,
     prompt_of,
     strongest,
     token_scores,
@@ -201,15 +201,16 @@ def test_the_same_pairs_give_the_same_direction(host):
 
 def test_every_option_changes_the_direction(host):
     """Catches an option that is read and ignored; the random control is one of them."""
+    base = {"mask": "pad", "component": "mean", "read": "answer"}
     options = [
-        {},
-        {"k": "1"},
-        {"mask": "mean"},
-        {"mask": "drop"},
-        {"component": "pca"},
-        {"read": "prompt"},
-        {"attribution": "random"},
-        {"attribution": "ig"},
+        base,
+        base | {"k": "1"},
+        base | {"mask": "mean"},
+        base | {"mask": "drop"},
+        base | {"component": "pca"},
+        base | {"read": "prompt"},
+        base | {"attribution": "random"},
+        base | {"attribution": "ig"},
     ]
     found = [make("grains", o).find(host, PAIRS[:6])[1] for o in options]  # type: ignore[union-attr]
     units = torch.stack(found) / torch.stack(found).norm(dim=1, keepdim=True)
@@ -281,21 +282,23 @@ def test_a_vector_is_built_and_calibrated(host):
 
 
 @pytest.mark.slow
-def test_a_real_vector_raises_the_margin_of_held_pairs(smollm2):
-    """Catches a direction that points away from the preferred answers of the real model."""
+def test_masking_real_tokens_moves_the_answers_as_their_sign_says(smollm2):
+    """Catches the two signs exchanged: masking what speaks for the preferred answer must cost it,
+    masking what speaks against it must help. The effect of the whole vector on held pairs of this
+    small model is too weak to be a law (docs/vectors.md)."""
     profile = profile_model(smollm2.model, model_id="smollm2", tokenizer=smollm2.tokenizer)
     host = SteeredModel(smollm2, profile)
-    pairs = concept("optimistic")
-    directions = Grains().find(host, pairs.build[:16])
-    answers = [
-        answer_of(smollm2.tokenizer, pair.prompt, side)
-        for pair in pairs.held[:8]
-        for side in (pair.preferred, pair.dispreferred)
-    ]
-    layer = 14
-    row = directions[layer] / directions[layer].norm() * 0.15 * profile.hidden_norms[layer]
-    margins = []
-    for scale in (-1.0, 0.0, 1.0):
-        scores = answer_logprobs(host, answers, plan=additive_plan({layer: row * scale}))
-        margins.append(float((scores[0::2] - scores[1::2]).mean()))
-    assert margins[0] < margins[1] < margins[2]
+    subject = Subject(smollm2, profile)
+    changes = []
+    for pair in concept("optimistic").build[:10]:
+        own = prompt_of(host, pair.prompt)
+        both = strongest(own, token_scores(host, subject, pair, "attnlrp"), 3)
+        problem = Problem(subject, own, objective_of(host, pair), baseline="pad")
+        keep = torch.tensor([[i not in taken for i in own.content] for taken in ((), *both)])
+        whole, without_for, without_against = problem.values_kept(keep)
+        if both[0]:
+            changes.append((without_for - whole, without_against - whole))
+    assert len(changes) >= 8
+    without_for, without_against = torch.tensor(changes).mean(0)
+    assert without_for < -0.5
+    assert without_against > 0.5

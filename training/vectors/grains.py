@@ -56,15 +56,15 @@ class Grains:
     are not centred, which would take away what all pairs share, and turned toward the mean
     difference, where the code leaves the sign to chance. Tokens of the other sign are never taken
     to make up k. Nothing is rescaled here; `normalize` keeps each token's norm, where the code's
-    runs over the tokens. The paper's figure reads at the prompt's end and takes the component;
-    on SmolLM2-135M that moved held answers no more than masking random tokens did.
+    runs over the tokens. On SmolLM2-135M no variant was clearly better than masking random tokens
+    (docs/vectors.md).
     """
 
     attribution: str = AUTO
     k: int = 3
-    mask: str = "pad"
-    component: str = "mean"
-    read: str = "answer"
+    mask: str = "mean"
+    component: str = "pca"
+    read: str = "prompt"
 
     def __post_init__(self) -> None:
         if self.attribution not in (AUTO, RANDOM):
