@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from held_questions import asked, default_subject, questions
+from held_questions import asked, continuations, default_subject, questions
 
 from trimtab.attribution.faithfulness import compare
 from trimtab.attribution.methods.registry import make
@@ -58,7 +58,14 @@ class Remembering(Problem):
 
 
 def run(
-    path: Path, *, baseline: str, dtype: str, n: int, methods: list[str], given: dict[str, Any]
+    path: Path,
+    *,
+    texts: str,
+    baseline: str,
+    dtype: str,
+    n: int,
+    methods: list[str],
+    given: dict[str, Any],
 ) -> None:
     """Measure what is not in the file yet; `given` are scores (question -> method -> `[n]`)."""
     saved: dict[str, Any] = {"baseline": baseline, "dtype": dtype, **SETTINGS, "prompts": {}}
@@ -67,13 +74,14 @@ def run(
     if (saved["baseline"], saved["dtype"]) != (baseline, dtype):
         sys.exit(f"{path} was measured with {saved['baseline']} and {saved['dtype']}")
     subject = default_subject(dtype=dtype, slice_tokens=256)
-    for i, item in enumerate(questions()[:n]):
+    is_chat = saved.setdefault("set", texts) == "questions"
+    for i, item in enumerate((questions() if is_chat else continuations())[:n]):
         done = saved["prompts"].setdefault(str(i), {"question": item[0], "methods": {}})
         wanted = [m for m in METHODS if METHODS[m][0] in methods]
         missing = [m for m in wanted if m not in done["methods"]]
         if not missing:
             continue
-        problem = Remembering(subject, *asked(subject, item), baseline=baseline)
+        problem = Remembering(subject, *asked(subject, item, is_chat=is_chat), baseline=baseline)
         done["n"] = problem.n
         scores, costs = {}, {}
         for name in missing:
@@ -103,7 +111,7 @@ def report(path: Path) -> str:
     prompts = [p for p in saved["prompts"].values() if p["methods"]]
     lengths = [p["n"] for p in prompts]
     lines = [
-        f"### Removal by `{saved['baseline']}`, {saved['dtype']}",
+        f"### {saved.get('set', 'questions')}, removal by `{saved['baseline']}`, {saved['dtype']}",
         "",
         f"{len(prompts)} questions, {min(lengths)} to {max(lengths)} content tokens (median "
         f"{stats.median(lengths):g}). dAF and AOPC in nats, mean ± standard error; null SDs: mean "
@@ -175,9 +183,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("paths", type=Path, nargs="+")
+    parser.add_argument("--set", choices=("questions", "continuations"), default="questions")
     parser.add_argument("--baseline", default="zero")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--prompts", type=int, default=len(questions()))
+    parser.add_argument("--prompts", type=int, default=52)
     parser.add_argument("--methods", nargs="+", default=[name for name, _ in METHODS.values()])
     parser.add_argument("--scores", type=Path, help="JSON: question's number -> method -> scores")
     given = parser.parse_args()
@@ -185,6 +194,7 @@ def main() -> None:
         (path,) = given.paths
         run(
             path,
+            texts=given.set,
             baseline=given.baseline,
             dtype=given.dtype,
             n=given.prompts,
