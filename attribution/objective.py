@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from trimtab.attribution.errors import AttributionError
 
@@ -57,3 +59,12 @@ class Objective:
     def kind(self) -> str:
         """Its name on the wire."""
         return "logprob" if self.dispreferred is None else "logprob_contrast"
+
+
+def without_end_marks(tokenizer: Any, ids: Sequence[int]) -> tuple[int, ...]:
+    """Return a generated answer's tokens without the special ones it ends with; maybe none."""
+    special = set(tokenizer.all_special_ids)
+    end = len(ids)
+    while end and ids[end - 1] in special:
+        end -= 1
+    return tuple(ids[:end])

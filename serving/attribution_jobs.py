@@ -85,7 +85,6 @@ class Job:
         """
         work, self._work = self._work, None
         assert work is not None
-
         return work(_Checked(access.slices, self._cancelled), progress)
 
 

@@ -223,7 +223,7 @@ def result_body(found: Attribution, plan: Plan | None) -> dict[str, Any]:
     """
     body = {"object": "attribution", "created": int(time.time()), **found.to_dict()}
     if plan is not None:
-        body["steering"] = {"fingerprint": plan.fingerprint[:16], **plan.report}
+        body["steering"] = plan.receipt
     return body
 
 

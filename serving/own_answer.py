@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 
+from trimtab.attribution.objective import without_end_marks
 from trimtab.serving.engines.base import Request
 from trimtab.serving.errors import RequestError
 from trimtab.serving.generation import Generation
@@ -40,10 +41,7 @@ def spoken(server: ServerState, ids: Sequence[int]) -> tuple[int, ...]:
     Raises:
         RequestError: nothing is left.
     """
-    special = set(server.info.tokenizer.all_special_ids)
-    kept = list(ids)
-    while kept and kept[-1] in special:
-        kept.pop()
+    kept = without_end_marks(server.info.tokenizer, ids)
     if not kept:
         raise RequestError(
             "The model's answer is empty; there is nothing to attribute. Give a target.",
@@ -51,4 +49,4 @@ def spoken(server: ServerState, ids: Sequence[int]) -> tuple[int, ...]:
             status=422,
             code="empty_answer",
         )
-    return tuple(kept)
+    return kept

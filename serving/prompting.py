@@ -54,6 +54,18 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message], *, max_context: int) -
     return _not_empty(ids, param="messages")
 
 
+def check_number(messages: Sequence[Message], *, most: int) -> None:
+    """Refuse more messages than a server takes.
+
+    Raises:
+        RequestError: with their number and the limit.
+    """
+    if len(messages) > most:
+        raise RequestError(
+            f"messages has {len(messages)} messages; this server allows {most}.", param="messages"
+        )
+
+
 def turns_of(messages: Sequence[Message]) -> list[dict[str, str]]:
     """Return messages as chat templates take them."""
     return [

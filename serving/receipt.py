@@ -29,7 +29,6 @@ class Receipt:
     def body(self) -> dict[str, Any]:
         """Return the receipt, plain JSON."""
         return {
-            "fingerprint": self._plan.fingerprint[:16],
-            **self._plan.report,
+            **self._plan.receipt,
             "choices": [self._choices[index] for index in sorted(self._choices)],
         }

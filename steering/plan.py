@@ -105,6 +105,11 @@ class Plan:
         """True if the prompt must be prefilled in one piece (a gate reads its mean)."""
         return any(part.gate is not None and part.gate.per_prompt for part in self.parts)
 
+    @property
+    def receipt(self) -> dict[str, Any]:
+        """What is applied, as it goes over the wire: the report under a short fingerprint."""
+        return {"fingerprint": self.fingerprint[:16], **self.report}
+
 
 def additive_plan(rows: dict[int, torch.Tensor], *, normalize: bool = False) -> Plan:
     """Return a plan that adds one row a layer to every token, without a store or limits.

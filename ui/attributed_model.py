@@ -7,7 +7,7 @@ from typing import Any
 
 from trimtab.attribution.attribute import attribute
 from trimtab.attribution.errors import AttributionError
-from trimtab.attribution.objective import Objective
+from trimtab.attribution.objective import Objective, without_end_marks
 from trimtab.attribution.prompt import Prompt, prompt_from_messages, prompt_from_text
 from trimtab.attribution.result import Attribution
 from trimtab.attribution.subject import Subject
@@ -63,7 +63,7 @@ class AttributedModel:
         """What steers it, under `steering` as on the wire; empty if nothing does."""
         if self.plan is None:
             return {}
-        return {"steering": {"fingerprint": self.plan.fingerprint[:16], **self.plan.report}}
+        return {"steering": self.plan.receipt}
 
     def prompt_of(self, question: Question) -> Prompt:
         """Return the prompt's tokens.
@@ -137,13 +137,10 @@ class AttributedModel:
             )
         host = SteeredModel(self._loaded, self._profile)
         (found,) = generate(host, [prompt.ids], min(max_tokens, room), plan=self.plan)
-        ids = list(found.ids)
-        marks = set(self._tokenizer.all_special_ids)
-        while ids and ids[-1] in marks:
-            ids.pop()
+        ids = without_end_marks(self._tokenizer, found.ids)
         if not ids:
             raise AttributionError(
                 "The model ends its answer before the first word; give one to explain: --target "
                 "TEXT."
             )
-        return tuple(ids)
+        return ids

@@ -33,6 +33,7 @@ from trimtab.serving.openai.generation_request import read_request
 from trimtab.serving.openai.openai_list import deleted_response, list_response
 from trimtab.serving.openapi import json_body, ref
 from trimtab.serving.own_answer import own_answer
+from trimtab.serving.prompting import check_number
 from trimtab.serving.request_plan import request_plan
 from trimtab.serving.state import Server, ServerState
 from trimtab.steering.plan import Plan
@@ -50,12 +51,7 @@ async def attributions(http: HttpRequest, server: Server) -> Response:
     settings = server.settings
     body = await read_object(http, limit=settings.max_body_bytes)
     request = read_request(AttributionRequest, body)
-    if len(request.messages or ()) > settings.max_messages:
-        raise RequestError(
-            f"messages has {len(request.messages or ())} messages; this server allows "
-            f"{settings.max_messages}.",
-            param="messages",
-        )
+    check_number(request.messages or (), most=settings.max_messages)
     model_access(server)
     method = method_of(server, request)
     plan = await run_in_threadpool(

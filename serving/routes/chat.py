@@ -9,13 +9,12 @@ from starlette.responses import Response
 
 from trimtab.serving.admission import admit, answered, sequences
 from trimtab.serving.body import read_object
-from trimtab.serving.errors import RequestError
 from trimtab.serving.explained_answer import ExplainedAnswer
 from trimtab.serving.openai.chat_answer import ChatAnswer
 from trimtab.serving.openai.chat_request import EXAMPLES, ChatRequest
 from trimtab.serving.openai.generation_request import read_request
 from trimtab.serving.openapi import json_body, ref
-from trimtab.serving.prompting import chat_ids
+from trimtab.serving.prompting import chat_ids, check_number
 from trimtab.serving.state import Server
 
 router = APIRouter(tags=["generation"])
@@ -31,12 +30,7 @@ async def chat_completions(http: HttpRequest, server: Server) -> Response:
     info = server.info
     body = await read_object(http, limit=server.settings.max_body_bytes)
     request = read_request(ChatRequest, body)
-    if len(request.messages) > server.settings.max_messages:
-        raise RequestError(
-            f"messages has {len(request.messages)} messages; this server allows "
-            f"{server.settings.max_messages}.",
-            param="messages",
-        )
+    check_number(request.messages, most=server.settings.max_messages)
     vocab_size = len(info.tokenizer)
     plan = await admit(server, request, vocab_size=vocab_size)
     ids = await run_in_threadpool(

@@ -106,4 +106,4 @@ def _preset(server: ServerState, name: str, spec: SteeringSpec) -> dict[str, Any
 
 
 def _report(plan: Plan) -> dict[str, Any]:
-    return {"fingerprint": plan.fingerprint[:16], **plan.report}
+    return plan.receipt
