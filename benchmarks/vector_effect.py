@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from trimtab.steering.artifact import VectorArtifact
 from trimtab.steering.model.loading import load_model
 from trimtab.steering.model.paths import data_home
 from trimtab.steering.model.profile import profile_model
 from trimtab.steering.plan import Plan, additive_plan
 from trimtab.steering.store import Store, model_folder
+from trimtab.steering.vector import VectorArtifact
 from trimtab.training.scoring import answer_logprobs, answer_of, perplexity
 from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.activations import parse_position

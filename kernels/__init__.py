@@ -1,5 +1,15 @@
-"""Tensor operations: the steering op and attention. Knows nothing but tensors."""
+"""Tensor operations: the steering op, classifier guidance, attention. Knows nothing but tensors."""
 
+from trimtab.kernels.guidance import Classifier, Goals, guide, probabilities, read
 from trimtab.kernels.steer import LayerBank, probe, steer
 
-__all__ = ["LayerBank", "probe", "steer"]
+__all__ = [
+    "Classifier",
+    "Goals",
+    "LayerBank",
+    "guide",
+    "probabilities",
+    "probe",
+    "read",
+    "steer",
+]

@@ -1,12 +1,13 @@
-"""A steering vector as a file: safetensors with JSON in its header, no pickle on any path."""
+"""What every artifact's file has: safetensors with JSON in its header, no pickle on any path."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,134 +42,39 @@ class ModelRef:
     n_layers: int | None
 
 
-@dataclass(frozen=True, eq=False)
-class VectorArtifact:
-    """One named steering vector: a direction a layer, with how it came to be.
-
-    Attributes:
-        id: name, unique in a store.
-        model: the model it belongs to.
-        layers: 0-based decoder layers it has a direction for, ascending.
-        directions: `[len(layers), hidden_size]`, float32; scale 1.0 adds exactly these rows.
-        default_layers: layers used when a request names none.
-        method: registry name of the builder, or `gguf`.
-        settings: the builder's options, plain JSON.
-        data: name, hash and counts of the data it was built on, plain JSON.
-        probe: `[len(layers), 2]`, float32, slope and intercept of the calibrated probability
-            sigmoid(slope * (h . unit direction) + intercept); None if never fitted.
-        probe_layer: layer whose probe separates held-out data best; None without a probe.
-        normalize: whether requests keep the hidden norm when they do not say.
-        calibration: the sweep's curve and what was chosen from it, plain JSON; None if skipped.
-        description: a sentence for people.
-        created: ISO 8601 time, UTC.
-        trimtab_version: version that wrote it.
-    """
-
-    id: str
-    model: ModelRef
-    layers: tuple[int, ...]
-    directions: torch.Tensor
-    default_layers: tuple[int, ...]
-    method: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    probe: torch.Tensor | None = None
-    probe_layer: int | None = None
-    normalize: bool = False
-    calibration: dict[str, Any] | None = None
-    description: str = ""
-    created: str = ""
-    trimtab_version: str = ""
-
-    def __post_init__(self) -> None:
-        problem = self._problem()
-        if problem:
-            raise ArtifactError(f"Vector {self.id!r} is not valid: {problem}.")
-
-    def _problem(self) -> str | None:
-        n, width = len(self.layers), self.model.hidden_size
-        if n == 0:
-            return "it has no layers"
-        if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            return f"its layers {self.layers} are not ascending and distinct"
-        if self.model.n_layers is not None and self.layers[-1] >= self.model.n_layers:
-            return f"layer {self.layers[-1]} is past the model's {self.model.n_layers} layers"
-        if self.directions.dtype != torch.float32 or tuple(self.directions.shape) != (n, width):
-            return (
-                f"its directions are {self.directions.dtype} {tuple(self.directions.shape)}, "
-                f"expected float32 {(n, width)}"
-            )
-        if not torch.isfinite(self.directions).all():
-            return "its directions hold NaN or infinity"
-        if not self.default_layers or not set(self.default_layers) <= set(self.layers):
-            return f"its default layers {self.default_layers} are not among its layers"
-        if self.probe is not None:
-            if self.probe.dtype != torch.float32 or tuple(self.probe.shape) != (n, 2):
-                return "its probe is not a float32 table of slope and intercept per layer"
-            if not torch.isfinite(self.probe).all():
-                return "its probe holds NaN or infinity"
-            if self.probe_layer not in self.layers:
-                return f"its probe layer {self.probe_layer} is not among its layers"
-        return None
-
-    def row(self, layer: int) -> torch.Tensor:
-        """Return the calibrated direction at a layer, `[hidden_size]`, float32."""
-        return self.directions[self.layers.index(layer)]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what steering reads: layers, directions, probe, defaults. Not the names."""
-        read = [self.layers, self.default_layers, self.probe_layer, self.normalize]
-        h = hashlib.sha256(json.dumps(read).encode())
-        h.update(self.directions.contiguous().numpy().tobytes())
-        if self.probe is not None:
-            h.update(self.probe.contiguous().numpy().tobytes())
-        return h.hexdigest()
-
-    def renamed(self, new_id: str) -> VectorArtifact:
-        """Return the same vector under another id."""
-        return replace(self, id=new_id)
-
-    def card(self) -> dict[str, Any]:
-        """Return everything but the tensors, plain JSON."""
-        card = {
-            key: value
-            for key, value in asdict(replace(self, probe=None)).items()
-            if key not in ("directions", "probe")
-        }
-        card["has_probe"] = self.probe is not None
-        card["norms"] = [round(float(x), 4) for x in self.directions.norm(dim=1)]
-        card["digest"] = self.digest
-        return card
-
-
-def to_bytes(vector: VectorArtifact) -> bytes:
-    """Return the artifact as a safetensors file's bytes."""
-    tensors = {"directions": vector.directions.contiguous()}
-    if vector.probe is not None:
-        tensors["probe"] = vector.probe.contiguous()
-    header = {
-        "format_version": FORMAT_VERSION,
-        "kind": "vector",
-        "hook": HOOK_POINT,
-        **{
-            key: value
-            for key, value in asdict(replace(vector, probe=None)).items()
-            if key not in ("directions", "probe")
-        },
-    }
-    return save_tensors(tensors, metadata={"trimtab": json.dumps(header, allow_nan=False)})
-
-
-def from_bytes(data: bytes, *, name: str) -> VectorArtifact:
-    """Read an artifact from a safetensors file's bytes.
+def packed(kind: str, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes:
+    """Return an artifact's file.
 
     Args:
+        kind: `vector` or `classifier`.
+        facts: its fields; those that are tensors are left out.
+        tensors: its tensors by name.
+    """
+    header = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "hook": HOOK_POINT,
+        **{key: value for key, value in facts.items() if key not in tensors},
+    }
+    return save_tensors(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        metadata={"trimtab": json.dumps(header, allow_nan=False)},
+    )
+
+
+def unpacked(
+    kind: str, data: bytes, *, needed: tuple[str, ...], name: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read an artifact's file: its header and its tensors.
+
+    Args:
+        kind: what it must be.
         data: the whole file.
-        name: what to call it in errors (a file name or an id).
+        needed: tensors it must have.
+        name: what to call it in errors.
 
     Raises:
-        ArtifactError: not safetensors, cut short, not ours, a newer format, or inconsistent.
+        ArtifactError: not safetensors, cut short, not ours, of another kind or a newer format.
     """
     if len(data) > MAX_ARTIFACT_BYTES:
         raise ArtifactError(
@@ -179,37 +85,31 @@ def from_bytes(data: bytes, *, name: str) -> VectorArtifact:
         tensors = load_tensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ArtifactError(f"{name} is not a whole safetensors file: {error}.") from None
-    if header.get("kind") != "vector" or header.get("hook") != HOOK_POINT:
+    if header.get("kind") != kind or header.get("hook") != HOOK_POINT:
         raise ArtifactError(
             f"{name} is a {header.get('kind')!r} at {header.get('hook')!r}; "
-            f"expected a 'vector' at {HOOK_POINT!r}."
+            f"expected a {kind!r} at {HOOK_POINT!r}."
         )
     version = header.get("format_version")
     if version != FORMAT_VERSION:
         raise ArtifactError(
             f"{name} has format version {version!r}; this trimtab reads {FORMAT_VERSION}."
         )
-    if "directions" not in tensors:
-        raise ArtifactError(f"{name} has no tensor 'directions'.")
+    for tensor in needed:
+        if tensor not in tensors:
+            raise ArtifactError(f"{name} has no tensor {tensor!r}.")
+    return header, tensors
+
+
+@contextmanager
+def complete_header(name: str) -> Iterator[None]:
+    """Report a field that is missing, or of another type, while a header is read.
+
+    Raises:
+        ArtifactError: naming the file and the field.
+    """
     try:
-        probe = tensors.get("probe")
-        return VectorArtifact(
-            id=str(header["id"]),
-            model=ModelRef(**header["model"]),
-            layers=tuple(int(x) for x in header["layers"]),
-            directions=tensors["directions"],
-            default_layers=tuple(int(x) for x in header["default_layers"]),
-            method=str(header["method"]),
-            settings=dict(header["settings"]),
-            data=dict(header["data"]),
-            probe=probe,
-            probe_layer=header["probe_layer"],
-            normalize=bool(header["normalize"]),
-            calibration=header["calibration"],
-            description=str(header["description"]),
-            created=str(header["created"]),
-            trimtab_version=str(header["trimtab_version"]),
-        )
+        yield
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ArtifactError(f"{name} has an incomplete header: {error!r}.") from None
 

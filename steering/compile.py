@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from trimtab.steering.artifact import ModelRef, VectorArtifact
+from trimtab.steering.artifact import ModelRef
 from trimtab.steering.dose import dose_at, open_together
 from trimtab.steering.errors import DoseError, SpecError
 from trimtab.steering.plan import (
@@ -21,6 +21,7 @@ from trimtab.steering.plan import (
     fingerprint_of,
 )
 from trimtab.steering.spec import AblateTerm, SteeringSpec, VectorTerm, When
+from trimtab.steering.vector import VectorArtifact
 from trimtab.steering.window import Window
 
 

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
-from trimtab.steering.artifact import MAX_ARTIFACT_BYTES, ModelRef, VectorArtifact
+from trimtab.steering.artifact import MAX_ARTIFACT_BYTES, ModelRef
 from trimtab.steering.errors import ArtifactError, listed
+from trimtab.steering.vector import VectorArtifact
 
 ARCHITECTURE = "controlvector"
 # A control vector of 200 layers needs about 1,500 pieces; a hostile array would need millions.

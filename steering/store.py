@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trimtab.steering.artifact import MAX_ARTIFACT_BYTES, VectorArtifact, from_bytes, to_bytes
+from trimtab.steering.artifact import MAX_ARTIFACT_BYTES
 from trimtab.steering.errors import ArtifactError, NotFoundError, TrimtabError, did_you_mean, listed
 from trimtab.steering.spec import ID_PATTERN, SteeringSpec, parse_spec
+from trimtab.steering.vector import VectorArtifact, from_bytes, to_bytes
 
 _ID = re.compile(ID_PATTERN)
 _SUFFIX = {"vectors": ".safetensors", "presets": ".json"}

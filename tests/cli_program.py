@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from trimtab.steering.artifact import ModelRef, VectorArtifact
+from trimtab.steering.artifact import ModelRef
+from trimtab.steering.vector import VectorArtifact
 
 PROGRAM = "import sys; from trimtab.ui.cli import main; main(sys.argv[1:])"
 

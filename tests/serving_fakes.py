@@ -24,7 +24,8 @@ from trimtab.serving.engines.base import (
     Request,
     TokenLogprobs,
 )
-from trimtab.steering.artifact import ModelRef, VectorArtifact
+from trimtab.steering.artifact import ModelRef
+from trimtab.steering.vector import VectorArtifact
 
 WIDTH, LAYERS, CONTEXT = 32, 2, 256
 CHATML = (

@@ -9,7 +9,7 @@ import httpx
 import torch
 from serving_fakes import toy_vector
 
-from trimtab.steering.artifact import from_bytes, to_bytes
+from trimtab.steering.vector import from_bytes, to_bytes
 
 ASKS = [
     {},

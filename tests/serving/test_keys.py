@@ -7,7 +7,7 @@ import pytest
 from serving_fakes import toy_vector
 
 from trimtab.serving.keys import is_known
-from trimtab.steering.artifact import to_bytes
+from trimtab.steering.vector import to_bytes
 
 API, ADMIN = "api-key-of-a-user", "admin-key-of-the-owner"
 OPEN = {"/health", "/version", "/docs", "/docs/oauth2-redirect", "/openapi.json"}

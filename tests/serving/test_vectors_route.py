@@ -8,7 +8,7 @@ import pytest
 import torch
 from serving_fakes import FakeEngine, model_ref, toy_vector
 
-from trimtab.steering.artifact import from_bytes, to_bytes
+from trimtab.steering.vector import from_bytes, to_bytes
 from trimtab.training.vectors import registry
 
 VECTORS = "/v1/steering/vectors"

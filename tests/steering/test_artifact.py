@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from trimtab.steering.artifact import ModelRef, VectorArtifact, from_bytes, to_bytes
+from trimtab.steering.artifact import ModelRef
 from trimtab.steering.errors import ArtifactError
+from trimtab.steering.vector import VectorArtifact, from_bytes, to_bytes
 
 WIDTH = 8
 

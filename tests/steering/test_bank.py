@@ -19,12 +19,13 @@ from hypothesis.stateful import (
 )
 
 from trimtab.kernels import steer
-from trimtab.steering.artifact import ModelRef, VectorArtifact
+from trimtab.steering.artifact import ModelRef
 from trimtab.steering.bank import Bank, Lease
 from trimtab.steering.compile import Limits, compile_plan
 from trimtab.steering.errors import SpecError
 from trimtab.steering.plan import Plan, additive_plan
 from trimtab.steering.spec import parse_spec
+from trimtab.steering.vector import VectorArtifact
 
 WIDTH, N_LAYERS = 8, 3
 HIDDEN = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(9))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repeng import ControlModel, ControlVector
 
-from trimtab.steering.artifact import ModelRef, VectorArtifact
+from trimtab.steering.artifact import ModelRef
 from trimtab.steering.bank import Bank
 from trimtab.steering.errors import ArtifactError
 from trimtab.steering.gguf import from_gguf, to_gguf
@@ -25,6 +25,7 @@ from trimtab.steering.model.hooks import steered
 from trimtab.steering.model.loading import LoadedModel
 from trimtab.steering.plan import additive_plan
 from trimtab.steering.step import Span, SteeredRequest, SteerStep
+from trimtab.steering.vector import VectorArtifact
 
 WIDTH = 24
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from trimtab.steering.artifact import ModelRef, VectorArtifact
+from trimtab.steering.artifact import ModelRef
 from trimtab.steering.compile import Limits, compile_plan
 from trimtab.steering.errors import DoseError, NotFoundError, SpecError, TrimtabError
 from trimtab.steering.plan import MAX_PARTS, MAX_RANK, Plan, additive_plan
 from trimtab.steering.spec import parse_spec
+from trimtab.steering.vector import VectorArtifact
 
 WIDTH, N_LAYERS = 8, 4
 MODEL = ModelRef("toy", "f" * 64, "llama", WIDTH, N_LAYERS)

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.steering.artifact import ModelRef, VectorArtifact
+from trimtab.steering.artifact import ModelRef
 from trimtab.steering.bank import Bank
 from trimtab.steering.compile import Limits, compile_plan
 from trimtab.steering.plan import Plan
 from trimtab.steering.spec import parse_spec
 from trimtab.steering.step import Span, SteeredRequest, SteerStep
+from trimtab.steering.vector import VectorArtifact
 
 WIDTH, N_LAYERS = 16, 3
 MODEL = ModelRef("toy", None, "llama", WIDTH, N_LAYERS)

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimtab.steering.artifact import ModelRef, VectorArtifact, to_bytes
+from trimtab.steering.artifact import ModelRef
 from trimtab.steering.errors import ArtifactError, NotFoundError, TrimtabError
 from trimtab.steering.spec import parse_spec
 from trimtab.steering.store import Store, check_id, model_folder, write_atomically
+from trimtab.steering.vector import VectorArtifact, to_bytes
 
 WIDTH = 8
 
@@ -251,7 +252,8 @@ PUTTER = """
 import sys
 import torch
 from pathlib import Path
-from trimtab.steering.artifact import ModelRef, VectorArtifact
+from trimtab.steering.artifact import ModelRef
+from trimtab.steering.vector import VectorArtifact
 from trimtab.steering.store import Store
 store, number = Store(Path(sys.argv[1])), float(sys.argv[2])
 for name in ["shared", "own-" + sys.argv[2]] * 10:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from toy_chat import toy_chat
 
-from trimtab.steering.artifact import from_bytes, to_bytes
 from trimtab.steering.errors import DataError
 from trimtab.steering.model.profile import profile_model
 from trimtab.steering.plan import additive_plan
+from trimtab.steering.vector import from_bytes, to_bytes
 from trimtab.training.calibration import SCALES, Budget, calibrate, candidate_layers
 from trimtab.training.scoring import answer_logprobs, answer_of
 from trimtab.training.steered_model import SteeredModel

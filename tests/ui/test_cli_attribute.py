@@ -27,11 +27,11 @@ from trimtab.attribution.methods.registry import METHODS, WITHOUT_GRADIENTS
 from trimtab.attribution.objective import Objective
 from trimtab.attribution.prompt import prompt_from_messages, prompt_from_text
 from trimtab.attribution.subject import Subject
-from trimtab.steering.artifact import VectorArtifact
 from trimtab.steering.model.loading import load_model
 from trimtab.steering.model.paths import data_home
 from trimtab.steering.model.profile import profile_model
 from trimtab.steering.store import Store, model_folder
+from trimtab.steering.vector import VectorArtifact
 from trimtab.training.scoring import generate
 from trimtab.training.steered_model import SteeredModel
 from trimtab.ui.cli import run

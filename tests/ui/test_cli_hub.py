@@ -10,7 +10,7 @@ import torch
 from cli_program import vector
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-from trimtab.steering.artifact import to_bytes
+from trimtab.steering.vector import to_bytes
 
 REPO = "someone/vectors"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cli_program import vector
 
-from trimtab.steering.artifact import to_bytes
+from trimtab.steering.vector import to_bytes
 
 HOSTILE = ("../evil", "/etc/evil", "a/b", "..", "", "a\nb", ".hidden", "x" * 65)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from trimtab.steering.artifact import VectorArtifact
 from trimtab.steering.errors import DataError
+from trimtab.steering.vector import VectorArtifact
 from trimtab.training.calibration import Budget, Progress, calibrate
 from trimtab.training.scoring import Answer, answer_of
 from trimtab.training.steered_model import SteeredModel

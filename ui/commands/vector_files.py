@@ -35,8 +35,8 @@ def export(vector_id: str, file: Path, model: str, overwrite: bool) -> None:
 
     A GGUF file holds the default layers only, at their calibrated strength.
     """
-    from trimtab.steering.artifact import to_bytes
     from trimtab.steering.store import write_atomically
+    from trimtab.steering.vector import to_bytes
 
     if file.suffix not in SUFFIXES:
         raise click.UsageError(f"{file.name!r} must end with .safetensors or .gguf.")
@@ -92,8 +92,8 @@ def store_vector(
     Raises:
         ArtifactError: not a vector, or the id is taken or not valid.
     """
-    from trimtab.steering.artifact import from_bytes
     from trimtab.steering.store import check_id
+    from trimtab.steering.vector import from_bytes
 
     if data[:4] == b"GGUF":
         from trimtab.steering.gguf import from_gguf

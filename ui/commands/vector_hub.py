@@ -43,7 +43,7 @@ def push(vector_id: str, repo: str, model: str, private: bool) -> None:
     """
     from huggingface_hub import HfApi
 
-    from trimtab.steering.artifact import to_bytes
+    from trimtab.steering.vector import to_bytes
 
     vector = store_of(model).vector(vector_id)
     with _hub_errors(repo):

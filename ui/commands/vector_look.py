@@ -15,7 +15,7 @@ from trimtab.ui.stores import all_stores, model_id, store_of
 from trimtab.ui.terminal import next_steps, out, out_json, say, styled, table, wrapped
 
 if TYPE_CHECKING:
-    from trimtab.steering.artifact import VectorArtifact
+    from trimtab.steering.vector import VectorArtifact
 
 
 @click.command(

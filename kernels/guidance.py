@@ -1,0 +1,255 @@
+"""Classifier guidance: steps down the gradient of a small classifier, in closed form.
+
+The classifier is a linear map into a narrow space followed by a head: z = W h + b, o = head(z). A
+step h <- h - a W^T u with u = dL/dz moves z by -a G u, where G = W W^T. So all steps are taken in
+the narrow space; the wide state is read once and written once, whatever the number of steps:
+
+    |W^T u|^2 = u^T G u        h . W^T u = (z - b) . u         need no further pass either
+
+Source: K-Steering, arXiv 2505.24535, algorithms 1 (steps) and 2 (reflection).
+Differs: the published code averages logits over the sequence before it takes the gradient, so a
+prompt of S tokens is steered 1/S as much as a generated one; here every token is steered by its own
+logits, and by default by a given length whatever the gradient's.
+
+This file is the plain torch reference: the specification, the CPU path and the tests' oracle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Loss = Literal["logits", "softmax", "sigmoid"]
+Step = Literal["unit", "bare", "reflect"]
+
+_TINY = 1e-30  # a squared gradient not above it has no direction
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A linear classifier, or one with two hidden ReLU layers, all float32.
+
+    Attributes:
+        w_in: `[d_in, d_model]`; of a linear classifier the labels' own rows.
+        b_in: `[d_in]`.
+        gram: `w_in @ w_in.T`, `[d_in, d_in]`.
+        is_exclusive: whether a token has one label (softmax) or any number of them (sigmoid).
+        w_mid, b_mid: `[d_mid, d_in]`, `[d_mid]`; None if it is linear.
+        w_out, b_out: `[n_labels, d_mid]`, `[n_labels]`; None likewise.
+    """
+
+    w_in: torch.Tensor
+    b_in: torch.Tensor
+    gram: torch.Tensor
+    is_exclusive: bool
+    w_mid: torch.Tensor | None = None
+    b_mid: torch.Tensor | None = None
+    w_out: torch.Tensor | None = None
+    b_out: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, layers: list[tuple[torch.Tensor, torch.Tensor]], *, is_exclusive: bool
+    ) -> Classifier:
+        """Return one made of the (weight, bias) of one or three linear layers.
+
+        Raises:
+            ValueError: another number of layers, or shapes that do not follow one another.
+        """
+        if len(layers) not in (1, 3):
+            raise ValueError(f"a classifier has one or three linear layers, not {len(layers)}")
+        width = layers[0][0].shape[1]
+        for weight, bias in layers:
+            if weight.shape != (len(bias), width):
+                raise ValueError(f"weight {tuple(weight.shape)} after {width} and {len(bias)}")
+            width = len(bias)
+        parts = [part.detach().float() for layer in layers for part in layer]
+        return cls(parts[0], parts[1], parts[0] @ parts[0].T, is_exclusive, *parts[2:])
+
+    @property
+    def n_labels(self) -> int:
+        """Labels."""
+        return len(self.b_in if self.b_out is None else self.b_out)
+
+    def to(self, device: torch.device) -> Classifier:
+        """Return it on a device."""
+        moved = [
+            None if part is None else part.to(device)
+            for part in (self.w_mid, self.b_mid, self.w_out, self.b_out)
+        ]
+        w_in, b_in, gram = (part.to(device) for part in (self.w_in, self.b_in, self.gram))
+        return Classifier(w_in, b_in, gram, self.is_exclusive, *moved)
+
+
+@dataclass(frozen=True, eq=False)
+class Goals:
+    """Where each token is to be steered, and how far.
+
+    Attributes:
+        toward: labels to steer toward, T+, `[n_tokens, n_labels]`, bool.
+        away: labels to steer away from, T-, the same shape; either may be empty.
+        sizes: of each step, `[n_tokens, n_steps]`, float32; 0 takes none.
+        picks_rival: whether the likeliest label outside T+ joins T- at every step, `[n_tokens]`,
+            bool.
+        until: no further step where T+ is at least this likely and T- at most one minus it,
+            `[n_tokens]`, float32; over 1 never stops.
+        keeps_norm: whether |h| is restored afterwards, `[n_tokens]`, bool.
+    """
+
+    toward: torch.Tensor
+    away: torch.Tensor
+    sizes: torch.Tensor
+    picks_rival: torch.Tensor
+    until: torch.Tensor
+    keeps_norm: torch.Tensor
+
+
+def read(hidden: torch.Tensor, classifier: Classifier) -> torch.Tensor:
+    """Return each token's logits.
+
+    Args:
+        hidden: `[n_tokens, d_model]`, any floating dtype.
+        classifier: reads them.
+
+    Returns:
+        `[n_tokens, n_labels]`, float32.
+    """
+    return _head(torch.addmm(classifier.b_in, hidden.float(), classifier.w_in.T), classifier)[0]
+
+
+def probabilities(logits: torch.Tensor, classifier: Classifier) -> torch.Tensor:
+    """Return labels' probabilities from `read`'s logits, of the same shape."""
+    return logits.softmax(-1) if classifier.is_exclusive else logits.sigmoid()
+
+
+def guide(
+    hidden: torch.Tensor,
+    classifier: Classifier,
+    goals: Goals,
+    *,
+    loss: Loss = "logits",
+    step: Step = "unit",
+) -> torch.Tensor:
+    """Return hidden states after the goals' steps down the gradient g of the loss.
+
+        logits     mean over T- of o  -  mean over T+ of o            (the source's)
+        softmax    mean over T- of log p  -  mean over T+ of log p,   p = softmax(o)
+        sigmoid    - mean over T+ of log s(o)  -  mean over T- of log(1 - s(o))
+
+    A step of size a is one of
+
+        unit       h - a g / |g|
+        bare       h - a g                      (algorithm 1; sizes are its alpha_k)
+        reflect    h - 2 a (h . g) / |g|^2 g    (algorithm 2 at a = 1; 1/2 takes g's share out)
+
+    Args:
+        hidden: residual stream, `[n_tokens, d_model]`, any floating dtype.
+        classifier: whose gradient is followed.
+        goals: labels and steps of each token.
+        loss: which.
+        step: which.
+
+    Returns:
+        `[n_tokens, d_model]` in `hidden`'s dtype. Arithmetic is float32 with one cast at the end;
+        a token whose sizes are all 0 is returned bit by bit.
+    """
+    h = hidden.float()
+    z = torch.addmm(classifier.b_in, h, classifier.w_in.T)
+    total = torch.zeros_like(z)
+    for k in range(goals.sizes.shape[1]):
+        logits, above_in, above_mid = _head(z, classifier)
+        away = _with_rival(goals, logits)
+        u = _pulled_back(_slope(logits, goals.toward, away, loss), classifier, above_in, above_mid)
+        moved = u @ classifier.gram
+        size = goals.sizes[:, k : k + 1]
+        if step != "bare":
+            squared = (u * moved).sum(1, keepdim=True)
+            if step == "unit":
+                size = size * squared.clamp_min(_TINY).rsqrt()
+            else:
+                along = ((z - classifier.b_in) * u).sum(1, keepdim=True)
+                size = size * 2 * along / squared.clamp_min(_TINY)
+            size = torch.where(squared > _TINY, size, 0.0)
+        size = torch.where(_is_satisfied(logits, goals, away, classifier), 0.0, size)
+        total = total + size * u
+        z = z - size * moved
+    guided = torch.addmm(h, total, classifier.w_in, alpha=-1)
+    guided = torch.where(goals.keeps_norm.unsqueeze(1), _with_norm_of(h, guided), guided)
+    is_still = (goals.sizes == 0).all(1, keepdim=True)
+    return torch.where(is_still, hidden, guided.to(hidden.dtype))
+
+
+def _head(
+    z: torch.Tensor, classifier: Classifier
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return logits and which units of the two hidden layers are above zero."""
+    if classifier.w_mid is None or classifier.w_out is None:
+        return z, None, None
+    assert classifier.b_mid is not None
+    assert classifier.b_out is not None
+    middle = torch.addmm(classifier.b_mid, z.relu(), classifier.w_mid.T)
+    logits = torch.addmm(classifier.b_out, middle.relu(), classifier.w_out.T)
+    return logits, z > 0, middle > 0
+
+
+def _pulled_back(
+    slope: torch.Tensor,
+    classifier: Classifier,
+    above_in: torch.Tensor | None,
+    above_mid: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return dL/dz from dL/do, `[n_tokens, d_in]`."""
+    if classifier.w_mid is None or classifier.w_out is None:
+        return slope
+    return ((slope @ classifier.w_out) * above_mid @ classifier.w_mid) * above_in
+
+
+def _slope(
+    logits: torch.Tensor, toward: torch.Tensor, away: torch.Tensor, loss: Loss
+) -> torch.Tensor:
+    """Return dL/do of each token, `[n_tokens, n_labels]`."""
+    positive, negative = _share(toward), _share(away)
+    if loss == "logits":
+        return negative - positive
+    if loss == "sigmoid":
+        p = logits.sigmoid()
+        return (p - 1) * positive + p * negative
+    has_positive, has_negative = (x.any(1, keepdim=True).float() for x in (toward, away))
+    return negative - positive + logits.softmax(1) * (has_positive - has_negative)
+
+
+def _share(labels: torch.Tensor) -> torch.Tensor:
+    """Return 1/n at each of a token's n labels, 0 elsewhere."""
+    return labels.float() / labels.sum(1, keepdim=True).clamp_min(1)
+
+
+def _with_rival(goals: Goals, logits: torch.Tensor) -> torch.Tensor:
+    """Return T-, with the likeliest label outside T+ where the goals ask for it."""
+    rivals = logits.masked_fill(goals.toward, -torch.inf)
+    best = torch.zeros_like(goals.away).scatter(1, rivals.argmax(1, keepdim=True), True)
+    return goals.away | (best & ~goals.toward & goals.picks_rival.unsqueeze(1))
+
+
+def _is_satisfied(
+    logits: torch.Tensor, goals: Goals, away: torch.Tensor, classifier: Classifier
+) -> torch.Tensor:
+    """Return whether a token is where its goals want it, `[n_tokens, 1]`.
+
+    Labels that exclude one another count together, for they cannot all be likely; others each.
+    """
+    p = probabilities(logits, classifier)
+    if classifier.is_exclusive:
+        wanted = torch.where(goals.toward.any(1), (p * goals.toward).sum(1), 1.0)
+        unwanted = (p * away).sum(1)
+    else:
+        wanted = torch.where(goals.toward, p, 1.0).amin(1)
+        unwanted = (p * away).amax(1)
+    return ((wanted >= goals.until) & (unwanted <= 1 - goals.until)).unsqueeze(1)
+
+
+def _with_norm_of(h: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+    length = torch.linalg.vector_norm(changed, dim=1, keepdim=True)
+    kept = changed * (torch.linalg.vector_norm(h, dim=1, keepdim=True) / length.clamp_min(_TINY))
+    return torch.where(length > 0, kept, changed)
