@@ -377,33 +377,48 @@ def _bytes(row: torch.Tensor) -> bytes:
     return row.contiguous().numpy().tobytes()
 
 
-def check_belongs(own: ModelRef, served: ModelRef, *, name: str, param: str | None) -> None:
+_REMADE = {
+    "Vector": "Build it again with `trimtab vectors build`",
+    "Classifier": "Train it again with `trimtab classifiers train`",
+}
+
+
+def check_belongs(
+    own: ModelRef, served: ModelRef, *, name: str, param: str | None, what: str = "Vector"
+) -> None:
     """Refuse an artifact of another model.
+
+    Args:
+        own: the artifact's model.
+        served: the model it is to steer.
+        name: its id.
+        param: JSON path of what named it.
+        what: `Vector` or `Classifier`, for messages.
 
     Raises:
         SpecError: width, layer count, architecture or fingerprint differ; the message says which.
     """
     if own.hidden_size != served.hidden_size:
         raise SpecError(
-            f"Vector {name!r} has width {own.hidden_size}, the model {served.id!r} has "
+            f"{what} {name!r} has width {own.hidden_size}, the model {served.id!r} has "
             f"{served.hidden_size}: it was built for {own.id!r}.",
             param=param,
         )
     if own.fingerprint is not None and own.fingerprint != served.fingerprint:
         raise SpecError(
-            f"Vector {name!r} was built for another model, {own.id!r}; this is {served.id!r}. "
-            "Build it again with `trimtab vectors build`.",
+            f"{what} {name!r} was built for another model, {own.id!r}; this is {served.id!r}. "
+            f"{_REMADE[what]}.",
             param=param,
         )
     if own.n_layers is not None and own.n_layers != served.n_layers:
         raise SpecError(
-            f"Vector {name!r} was built for a model of {own.n_layers} layers, {own.id!r}; "
+            f"{what} {name!r} was built for a model of {own.n_layers} layers, {own.id!r}; "
             f"{served.id!r} has {served.n_layers}.",
             param=param,
         )
     if own.model_type != served.model_type:
         raise SpecError(
-            f"Vector {name!r} was built for a {own.model_type!r} model; {served.id!r} is a "
+            f"{what} {name!r} was built for a {own.model_type!r} model; {served.id!r} is a "
             f"{served.model_type!r}.",
             param=param,
         )
