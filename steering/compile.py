@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from trimtab.kernels import Classifier
 from trimtab.steering.artifact import ModelRef
 from trimtab.steering.dose import dose_at, open_together
 from trimtab.steering.errors import DoseError, SpecError
@@ -18,6 +19,7 @@ from trimtab.steering.plan import (
     LayerTerm,
     Part,
     Plan,
+    Reader,
     fingerprint_of,
 )
 from trimtab.steering.spec import AblateTerm, SteeringSpec, VectorTerm, When
@@ -265,12 +267,15 @@ class _Builder:
             )
         threshold = when.above if when.above is not None else when.below
         assert threshold is not None  # the spec has exactly one
+        unit = row / row.norm()
+        network = Classifier.of(
+            [(slope * unit.unsqueeze(0), torch.tensor([intercept]))], is_exclusive=False
+        )
+        reader = Reader(when.probe, layer, network, (when.probe,), f"{vector.digest}@{layer}")
         return Gate(
             probe=when.probe,
-            layer=layer,
-            direction=row / row.norm(),
-            slope=slope,
-            intercept=intercept,
+            reader=reader,
+            label=0,
             threshold=threshold,
             above=when.above is not None,
             per_prompt=when.per == "prompt",
