@@ -207,6 +207,8 @@ def _pulled_back(
     """Return dL/dz from dL/do, `[n_tokens, d_in]`."""
     if classifier.w_mid is None or classifier.w_out is None:
         return slope
+    assert above_in is not None
+    assert above_mid is not None
     return ((slope @ classifier.w_out) * above_mid @ classifier.w_mid) * above_in
 
 

@@ -6,7 +6,8 @@ import torch
 
 from trimtab.kernels import Goals
 from trimtab.steering.classifier import MAX_LABELS
-from trimtab.steering.plan import MAX_STEPS, Guide
+from trimtab.steering.plan import Guide
+from trimtab.steering.spec import MAX_STEPS
 
 NEVER = 2.0  # a probability that no label reaches
 

@@ -15,8 +15,6 @@ from trimtab.steering.window import Window
 
 MAX_PARTS = 4
 MAX_RANK = 8
-MAX_GUIDES = 16
-MAX_STEPS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +34,10 @@ class Reader:
     classifier: Classifier
     labels: tuple[str, ...]
     digest: str
+
+
+ProbeRow = tuple[tuple[float, ...], ...]
+"""What readers read at one token: for each its labels' probabilities."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ class Guide:
         reader: the classifier and its layer.
         toward: numbers of the labels to steer toward.
         away: numbers of the labels to steer away from.
-        sizes: length of each step, at most `MAX_STEPS`; of a reflection the share turned.
+        sizes: length of each step, at most `spec.MAX_STEPS`; of a reflection the share turned.
         loss: whose gradient.
         step: how a size becomes a step.
         picks_rival: avoid the likeliest label outside `toward` as well.
