@@ -14,8 +14,8 @@ from trimtab.serving.body import read_body
 from trimtab.serving.errors import RequestError
 from trimtab.serving.state import ServerState
 from trimtab.steering.artifact import ModelRef
-from trimtab.steering.compile import check_belongs, listed_layers
 from trimtab.steering.errors import ArtifactError
+from trimtab.steering.lookup import check_belongs, listed_layers
 from trimtab.steering.store import Store, check_id
 
 FILE_BODY: dict[str, Any] = {
@@ -71,7 +71,7 @@ async def uploaded(
         http: its body is the file.
         server: the app's parts.
         name: the id.
-        what: `Vector` or `Classifier`, for messages.
+        what: `vector` or `classifier`.
         read: makes it of the file's bytes and a name for errors.
         put: stores it; returns whether its id was new.
 
@@ -95,7 +95,7 @@ async def uploaded(
         n_layers = len(info.hidden_norms)
         if artifact.layers[-1] >= n_layers:
             raise ArtifactError(
-                f"{what} {name!r} has {listed_layers(artifact.layers)}; the model has layers 0 to "
+                f"{what.capitalize()} {name!r} has {listed_layers(artifact.layers)}; the model has layers 0 to "
                 f"{n_layers - 1}.",
                 param="body",
             )

@@ -64,7 +64,7 @@ async def put_classifier(name: ArtifactId, server: Server, http: HttpRequest) ->
     that run keep theirs.
     """
     classifier, is_new = await uploaded(
-        http, server, name=name, what="Classifier", read=_read, put=server.store.put_classifier
+        http, server, name=name, what="classifier", read=_read, put=server.store.put_classifier
     )
     return JSONResponse(_card(classifier), status_code=201 if is_new else 200)
 

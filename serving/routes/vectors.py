@@ -65,7 +65,7 @@ async def put_vector(name: ArtifactId, server: Server, http: HttpRequest) -> Res
     run keep theirs.
     """
     vector, is_new = await uploaded(
-        http, server, name=name, what="Vector", read=_read, put=server.store.put_vector
+        http, server, name=name, what="vector", read=_read, put=server.store.put_vector
     )
     return JSONResponse(_card(vector), status_code=201 if is_new else 200)
 
