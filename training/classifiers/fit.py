@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 from scipy.optimize import minimize, minimize_scalar
 from torch.nn import functional
 
-from trimtab.kernels import Classifier
 from trimtab.steering.classifier import MAX_WIDTH
 from trimtab.steering.errors import DataError
 
@@ -61,7 +61,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class Labelled:
     """Inputs with their labels.
 
     Attributes:
@@ -92,8 +92,8 @@ class Fitted:
 
 
 def fit_network(
-    fit: Rows,
-    validation: Rows,
+    fit: Labelled,
+    validation: Labelled,
     recipe: Recipe,
     *,
     device: torch.device | None = None,
@@ -111,8 +111,8 @@ def fit_network(
     mean, deviation = standardisation(fit.states)
     x, held_out = (((rows.states - mean) / deviation).to(device) for rows in (fit, validation))
     layers, n_epochs = _trained(
-        Rows(x, fit.targets.to(device)),
-        Rows(held_out, validation.targets.to(device)),
+        Labelled(x, fit.targets.to(device)),
+        Labelled(held_out, validation.targets.to(device)),
         recipe,
         progress=progress,
     )
@@ -169,9 +169,7 @@ def forward(layers: Layers, states: torch.Tensor) -> torch.Tensor:
     return torch.addmm(layers[-1][1], states, layers[-1][0].T)
 
 
-def loss_of(
-    logits: torch.Tensor, targets: torch.Tensor, *, is_exclusive: bool
-) -> torch.Tensor:
+def loss_of(logits: torch.Tensor, targets: torch.Tensor, *, is_exclusive: bool) -> torch.Tensor:
     """Return the mean loss, nats a row (exclusive) or a row's label."""
     if is_exclusive:
         return functional.cross_entropy(logits, targets.argmax(1))
@@ -179,8 +177,8 @@ def loss_of(
 
 
 def _trained(
-    fit: Rows,
-    validation: Rows,
+    fit: Labelled,
+    validation: Labelled,
     recipe: Recipe,
     *,
     progress: Callable[[int, int], None] | None,
@@ -190,10 +188,10 @@ def _trained(
     d, n_labels = fit.states.shape[1], fit.targets.shape[1]
     widths = [d, n_labels] if recipe.kind == "linear" else [d, *[recipe.hidden] * 2, n_labels]
     device = fit.states.device
-    layers = [
-        tuple(part.to(device).requires_grad_() for part in _drawn(before, after, generator))
-        for before, after in zip(widths, widths[1:], strict=False)
-    ]
+    layers: Layers = []
+    for before, after in pairwise(widths):
+        weight, bias = _drawn(before, after, generator)
+        layers.append((weight.to(device).requires_grad_(), bias.to(device).requires_grad_()))
     optimizer = torch.optim.AdamW(
         [part for layer in layers for part in layer],
         lr=recipe.learning_rate,
@@ -213,7 +211,7 @@ def _trained(
             now = float(loss_of(logits, validation.targets, is_exclusive=recipe.is_exclusive))
         if now < lowest:
             lowest, best_epoch = now, epoch
-            best = [tuple(part.detach().clone() for part in layer) for layer in layers]
+            best = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in layers]
         if progress is not None:
             progress(epoch, recipe.max_epochs)
         if epoch - best_epoch >= recipe.patience:
@@ -298,8 +296,3 @@ def _platt(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
 
 def _rounded(values: torch.Tensor) -> list[float]:
     return [round(float(x), 6) for x in values]
-
-
-def classifier_of(fitted: Fitted, *, is_exclusive: bool) -> Classifier:
-    """Return a trained network as guidance reads it."""
-    return Classifier.of(fitted.layers, is_exclusive=is_exclusive)

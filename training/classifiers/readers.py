@@ -1,4 +1,4 @@
-"""Files that examples are read from: labelled texts, instructions with questions, a server's log."""
+"""Files that examples are read from: labelled texts, instructions with questions, a log."""
 
 from __future__ import annotations
 
@@ -130,9 +130,7 @@ def read_log(path: Path, *, label_from: str) -> ExampleSet:
     return _set(path.name, examples, skipped)
 
 
-def _set(
-    name: str, examples: list[Example], skipped: dict[str, int] | None = None
-) -> ExampleSet:
+def _set(name: str, examples: list[Example], skipped: dict[str, int] | None = None) -> ExampleSet:
     if not examples:
         raise DataError(f"{name} has no examples.")
     return ExampleSet(name, tuple(examples), skipped or {})
