@@ -1,4 +1,4 @@
-"""Vectors and presets on disk: whole or absent, seen at once, and one bad file harms no other."""
+"""What a store holds: whole or absent, seen at once, and one bad file harms no other."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from toy_classifier import toy_classifier
 
+from trimtab.steering import classifier as classifier_file
 from trimtab.steering.artifact import ModelRef
 from trimtab.steering.errors import ArtifactError, NotFoundError, TrimtabError
 from trimtab.steering.spec import parse_spec
@@ -39,79 +44,176 @@ def size_of(vector: VectorArtifact) -> float:
     return float(vector.directions[0, 0])
 
 
+@dataclass(frozen=True)
+class Kind:
+    """One kind of thing a store holds, for laws that hold for all of them.
+
+    Attributes:
+        make: makes a thing; things of other numbers differ.
+        fingerprint: what two equal things have in common.
+        write: makes a file's bytes.
+    """
+
+    one: str
+    suffix: str
+    make: Callable[[str, int], Any]
+    fingerprint: Callable[[Any], Any]
+    write: Callable[[Any], bytes]
+
+    def put(self, store: Store, name: str, number: int = 1) -> bool:
+        thing = self.make(name, number)
+        put: Callable[..., bool] = getattr(store, f"put_{self.one}")
+        return put(name, thing) if self.one == "preset" else put(thing)
+
+    def get(self, store: Store, name: str, **options: Any) -> Any:
+        return getattr(store, self.one)(name, **options)
+
+    def ids(self, store: Store) -> list[str]:
+        found = getattr(store, f"{self.one}s")()
+        return list(found) if self.one == "preset" else [thing.id for thing in found]
+
+    def delete(self, store: Store, name: str) -> None:
+        getattr(store, f"delete_{self.one}")(name)
+
+    def is_at(self, store: Store, name: str, number: int) -> bool:
+        wanted = self.fingerprint(self.make(name, number))
+        return bool(self.fingerprint(self.get(store, name)) == wanted)
+
+
+TOY = ModelRef("toy", "f" * 64, "llama", WIDTH, 4)
+KINDS = [
+    Kind(
+        "vector",
+        ".safetensors",
+        lambda name, number: made(name, size=number),
+        lambda vector: vector.card(),
+        to_bytes,
+    ),
+    Kind(
+        "classifier",
+        ".safetensors",
+        lambda name, number: toy_classifier(TOY, id=name, seed=number),
+        lambda classifier: classifier.card(),
+        classifier_file.to_bytes,
+    ),
+    Kind(
+        "preset",
+        ".json",
+        lambda name, number: parse_spec(f"0.{number} warm"),
+        lambda spec: spec,
+        lambda spec: json.dumps(spec.model_dump(mode="json", exclude_defaults=True)).encode(),
+    ),
+]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.one)
+
+
 def child(code: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True
     )
 
 
-def test_saved_then_loaded_equals_original(tmp_path: Path) -> None:
+@every_kind
+def test_saved_then_loaded_equals_original(kind: Kind, tmp_path: Path) -> None:
     """What was stored must steer the same after a restart."""
     store = Store(tmp_path)
-    assert store.put_vector(made()) is True
-    assert store.put_vector(made(size=2.0)) is False
-    again = Store(tmp_path)
-    assert [v.card() for v in again.vectors()] == [made(size=2.0).card()]
-    assert torch.equal(again.vector("warm").directions, made(size=2.0).directions)
-    spec = parse_spec("0.1 warm - 0.3 warm")
-    assert again.put_preset("mild", spec) is True
-    assert again.put_preset("mild", spec) is False
-    assert Store(tmp_path).preset("mild") == spec
-    assert Store(tmp_path).presets() == {"mild": spec}
+    assert kind.put(store, "warm", 1) is True
+    assert kind.put(store, "warm", 2) is False
+    for any_store in (store, Store(tmp_path)):
+        assert kind.ids(any_store) == ["warm"]
+        assert kind.is_at(any_store, "warm", 2)
+        assert any_store.problems == {}
 
 
-def test_deleted_is_gone_and_unknown_is_named(tmp_path: Path) -> None:
+def test_a_stored_vector_keeps_its_numbers(tmp_path: Path) -> None:
+    """A card that agrees while the directions do not."""
+    Store(tmp_path).put_vector(made(size=2.0))
+    assert torch.equal(Store(tmp_path).vector("warm").directions, made(size=2.0).directions)
+
+
+@every_kind
+def test_deleted_is_gone_and_unknown_is_named(kind: Kind, tmp_path: Path) -> None:
     """A deleted vector that still steers, or a typing error without a hint."""
     store = Store(tmp_path)
-    store.put_vector(made("honest"))
-    store.put_preset("mild", parse_spec("honest"))
-    with pytest.raises(NotFoundError, match="Did you mean 'honest'") as caught:
-        store.vector("honst", param="steering.vectors[0].id")
+    kind.put(store, "honest")
+    with pytest.raises(NotFoundError, match=f"Unknown {kind.one}.*Did you mean 'honest'") as caught:
+        kind.get(store, "honst", param="steering.vectors[0].id")
     assert caught.value.param == "steering.vectors[0].id"
-    with pytest.raises(NotFoundError, match="Did you mean 'mild'"):
-        store.preset("mildd")
-    store.delete_vector("honest")
-    store.delete_preset("mild")
+    kind.delete(store, "honest")
     for any_store in (store, Store(tmp_path)):
-        assert any_store.vectors() == []
-        assert any_store.presets() == {}
+        assert kind.ids(any_store) == []
         with pytest.raises(NotFoundError):
-            any_store.vector("honest")
+            kind.get(any_store, "honest")
         with pytest.raises(NotFoundError):
-            any_store.delete_vector("honest")
+            kind.delete(any_store, "honest")
 
 
-def test_damaged_and_foreign_files_are_named_while_the_rest_load(tmp_path: Path) -> None:
-    """One bad file must neither stop the server nor be passed over in silence."""
-    Store(tmp_path).put_vector(made("good"))
-    Store(tmp_path).put_preset("fine", parse_spec("good"))
-    whole = to_bytes(made("x"))
-    vectors, presets = tmp_path / "vectors", tmp_path / "presets"
-    bad = {
-        vectors / "empty.safetensors": b"",
-        vectors / "cut.safetensors": whole[:-5],
-        vectors / "foreign.safetensors": b"\x80\x04\x95pickle",
-        vectors / "-odd name.safetensors": whole,
-        presets / "deep.json": b"[" * 100_000,
-        presets / "cut.json": b'{"vectors": [',
-        presets / "unknown.json": b'{"vector": []}',
-        presets / "binary.json": b"\xff\xfe\x00",
-    }
-    for path, data in bad.items():
-        path.write_bytes(data)
-    (vectors / "folder.safetensors").mkdir()
+def test_kinds_do_not_share_names(tmp_path: Path) -> None:
+    """One table of names for all kinds: a classifier that replaces, or deletes, a vector."""
     store = Store(tmp_path)
-    assert [v.id for v in store.vectors()] == ["good"]
-    assert list(store.presets()) == ["fine"]
-    assert set(store.problems) == {path.name for path in bad} | {"folder.safetensors"}
-    with pytest.raises(NotFoundError, match="cannot be read"):
-        store.vector("cut")
-    store.put_vector(made("cut"))  # mended by writing it anew
-    assert size_of(store.vector("cut")) == 1.0
-    assert "cut.safetensors" not in store.problems
-    (vectors / "empty.safetensors").unlink()
+    assert all(kind.put(store, "tone") for kind in KINDS)
+    (tmp_path / "vectors" / "bad.safetensors").write_bytes(b"")
+    (tmp_path / "classifiers" / "bad.safetensors").write_bytes(b"")
     store.refresh()
-    assert "empty.safetensors" not in store.problems
+    assert set(store.problems) == {"vectors/bad.safetensors", "classifiers/bad.safetensors"}
+    for i, kind in enumerate(KINDS):
+        kind.delete(store, "tone")
+        assert [k.ids(store) for k in KINDS[: i + 1]] == [[]] * (i + 1)
+        assert [k.ids(store) for k in KINDS[i + 1 :]] == [["tone"]] * (2 - i)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [(KINDS[0], KINDS[1]), (KINDS[1], KINDS[0])],
+    ids=lambda kind: kind.one,
+)
+def test_a_file_in_the_wrong_folder_is_a_problem(kind: Kind, other: Kind, tmp_path: Path) -> None:
+    """A vector read as a classifier steers with whatever its tensors happen to mean."""
+    folder = tmp_path / f"{kind.one}s"
+    folder.mkdir()
+    (folder / "lost.safetensors").write_bytes(other.write(other.make("lost", 1)))
+    store = Store(tmp_path)
+    assert kind.ids(store) == []
+    assert list(store.problems) == [f"{kind.one}s/lost.safetensors"]
+    assert f"is a {other.one!r}" in store.problems[f"{kind.one}s/lost.safetensors"]
+    with pytest.raises(NotFoundError, match="cannot be read"):
+        kind.get(store, "lost")
+
+
+@every_kind
+def test_damaged_and_foreign_files_are_named_while_the_rest_load(
+    kind: Kind, tmp_path: Path
+) -> None:
+    """One bad file must neither stop the server nor be passed over in silence."""
+    kind.put(Store(tmp_path), "good")
+    whole = kind.write(kind.make("x", 1))
+    bad = {
+        "empty": b"",
+        "cut": whole[:-5],
+        "foreign": b"\x80\x04\x95pickle",
+        "-odd name": whole,
+        "deep": b"[" * 100_000,
+        "unknown": b'{"vector": []}',
+        "binary": b"\xff\xfe\x00",
+    }
+    folder = tmp_path / f"{kind.one}s"
+    for name, data in bad.items():
+        (folder / (name + kind.suffix)).write_bytes(data)
+    (folder / f"folder{kind.suffix}").mkdir()
+    store = Store(tmp_path)
+    assert kind.ids(store) == ["good"]
+    assert set(store.problems) == {f"{kind.one}s/{name}{kind.suffix}" for name in [*bad, "folder"]}
+    with pytest.raises(NotFoundError, match="cannot be read"):
+        kind.get(store, "cut")
+    kind.put(store, "cut")  # mended by writing it anew
+    assert kind.is_at(store, "cut", 1)
+    assert f"{kind.one}s/cut{kind.suffix}" not in store.problems
+    kind.delete(store, "empty")
+    (folder / f"deep{kind.suffix}").unlink()
+    store.refresh()
+    assert not {f"{kind.one}s/{name}{kind.suffix}" for name in ("empty", "deep")} & set(
+        store.problems
+    )
 
 
 def test_a_bad_file_taken_away_and_put_back_is_named_again(tmp_path: Path) -> None:
@@ -126,7 +228,7 @@ def test_a_bad_file_taken_away_and_put_back_is_named_again(tmp_path: Path) -> No
     assert store.problems == {}
     aside.rename(path)
     store.refresh()
-    assert "bad.safetensors" in store.problems
+    assert "vectors/bad.safetensors" in store.problems
 
 
 @pytest.mark.parametrize(
@@ -141,17 +243,13 @@ def test_an_id_cannot_leave_the_folder(name: str, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     with pytest.raises(ArtifactError, match="valid id"):
         check_id(name)
-    for write in (
-        lambda: store.put_vector(made(name)),
-        lambda: store.put_preset(name, parse_spec("a")),
-        lambda: store.delete_vector(name),
-        lambda: store.delete_preset(name),
-    ):
+    for kind in KINDS:
         with pytest.raises(ArtifactError):
-            write()
-    for read in (store.vector, store.preset):
+            kind.put(store, name)
+        with pytest.raises(ArtifactError):
+            kind.delete(store, name)
         with pytest.raises(NotFoundError) as caught:
-            read(name, param="steering.vectors[0].id")
+            kind.get(store, name, param="steering.vectors[0].id")
         assert caught.value.param == "steering.vectors[0].id"
     assert list(tmp_path.rglob("*")) == []
 
@@ -163,22 +261,22 @@ def test_a_model_id_cannot_leave_the_home(model: str, tmp_path: Path) -> None:
     assert folder.resolve().parent == (tmp_path / "models").resolve()
 
 
-def test_another_process_is_seen_at_the_next_read(tmp_path: Path) -> None:
+@every_kind
+def test_another_process_is_seen_at_the_next_read(kind: Kind, tmp_path: Path) -> None:
     """`trimtab vectors build` beside a running server: the next request must use the new one."""
     served, builder = Store(tmp_path), Store(tmp_path)
     with pytest.raises(NotFoundError):
-        served.vector("warm")
-    builder.put_vector(made(size=1.0))
-    assert size_of(served.vector("warm")) == 1.0
-    builder.put_vector(made(size=2.0))
-    assert size_of(served.vector("warm")) == 2.0
-    builder.delete_vector("warm")
+        kind.get(served, "warm")
+    for number in (1, 2):
+        kind.put(builder, "warm", number)
+        assert kind.is_at(served, "warm", number)
+    kind.delete(builder, "warm")
     with pytest.raises(NotFoundError):
-        served.vector("warm")
-    builder.put_preset("mild", parse_spec("warm"))
-    assert served.preset("mild") == parse_spec("warm")
-    builder.put_vector(made("other"))
-    assert served.put_vector(made("other")) is False  # not new: another process was first
+        kind.get(served, "warm")
+    kind.put(builder, "other")
+    assert kind.ids(served) == ["other"]
+    kind.put(builder, "another")
+    assert kind.put(served, "another") is False  # not new: another process was first
 
 
 def test_a_replacement_within_one_clock_tick_is_seen(tmp_path: Path) -> None:
@@ -300,18 +398,32 @@ def test_concurrent_writers_do_not_mix(tmp_path: Path) -> None:
     assert [size_of(store.vector(f"own-{n}")) for n in (1, 2, 3)] == [1.0, 2.0, 3.0]
 
 
+@every_kind
 def test_a_full_store_refuses_new_names_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a bound an upload loop fills the disk; a bound that stops replacing locks out."""
-    monkeypatch.setattr("trimtab.steering.store.MAX_ENTRIES", 2)
+    monkeypatch.setattr("trimtab.steering.shelf.MAX_ENTRIES", 2)
     store = Store(tmp_path)
-    store.put_vector(made("a"))
-    store.put_vector(made("b"))
-    with pytest.raises(TrimtabError, match="limit"):
-        store.put_vector(made("c"))
-    assert store.put_vector(made("a", size=3.0)) is False
-    assert size_of(store.vector("a")) == 3.0
+    kind.put(store, "a")
+    kind.put(store, "b")
+    with pytest.raises(TrimtabError, match=f"2 {kind.one}s, its limit"):
+        kind.put(store, "c")
+    assert kind.put(store, "a", 3) is False
+    assert kind.is_at(store, "a", 3)
+    other = KINDS[KINDS.index(kind) - 1]
+    assert other.put(store, "c") is True
+
+
+@every_kind
+def test_a_file_too_large_is_not_read(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A huge file dropped in the folder must not fill the server's memory."""
+    Path(tmp_path / f"{kind.one}s").mkdir()
+    monkeypatch.setattr("trimtab.steering.shelf.MAX_ARTIFACT_BYTES", 100)
+    (tmp_path / f"{kind.one}s" / f"huge{kind.suffix}").write_bytes(b" " * 101)
+    assert "over 100 bytes" in Store(tmp_path).problems[f"{kind.one}s/huge{kind.suffix}"]
 
 
 def test_a_stored_preset_is_plain_json(tmp_path: Path) -> None:
@@ -321,9 +433,10 @@ def test_a_stored_preset_is_plain_json(tmp_path: Path) -> None:
     assert body == {"vectors": [{"id": "warm", "scale": 0.5}]}
 
 
-def test_what_a_killed_writer_left_is_swept_when_it_is_old(tmp_path):
+@every_kind
+def test_what_a_killed_writer_left_is_swept_when_it_is_old(kind: Kind, tmp_path: Path) -> None:
     """Catches temporary files that pile up, and sweeping one that is being written."""
-    folder = tmp_path / "vectors"
+    folder = tmp_path / f"{kind.one}s"
     folder.mkdir()
     old, new = folder / ".tmp-old", folder / ".tmp-new"
     for path in (old, new):

@@ -187,12 +187,13 @@ def _stores() -> Iterator[Finding]:
         yield Finding("store", "broken", f"{there} cannot be written", mend)
     stores = all_stores()
     n_vectors = sum(len(store.vectors()) for store in stores)
+    n_classifiers = sum(len(store.classifiers()) for store in stores)
     n_presets = sum(len(store.presets()) for store in stores)
-    yield Finding("store", "ok", f"{n_vectors} vectors and {n_presets} presets in {home}")
+    held = f"{n_vectors} vectors, {n_classifiers} classifiers and {n_presets} presets"
+    yield Finding("store", "ok", f"{held} in {home}")
     for store in stores:
         for file, problem in store.problems.items():
-            kind = "presets" if file.endswith(".json") else "vectors"
-            path = store.folder / kind / file
+            path = store.folder / file
             yield Finding(
                 "store", "broken", f"{path}: {problem}", f"Build it again, or remove it: rm {path}"
             )

@@ -132,7 +132,7 @@ def delete(vector_id: str, model: str, yes: bool) -> None:
 
     check_id(vector_id)
     store = store_of(model)
-    if f"{vector_id}.safetensors" not in store.problems:
+    if f"vectors/{vector_id}.safetensors" not in store.problems:
         store.vector(vector_id)
     ask_to_confirm(f"Delete the vector {vector_id!r} of {model_id(model)}?", yes=yes)
     store.delete_vector(vector_id)
@@ -155,7 +155,7 @@ def check_is_free(store: object, vector_id: str, *, overwrite: bool) -> None:
     try:
         store.vector(vector_id)
     except NotFoundError:
-        if f"{vector_id}.safetensors" not in store.problems:
+        if f"vectors/{vector_id}.safetensors" not in store.problems:
             return
     raise ArtifactError(
         f"There is a vector {vector_id!r} already; replace it with --overwrite, or choose another "

@@ -33,10 +33,10 @@ def list_(model: str | None, as_json: bool) -> None:
     stores = [store_of(model)] if model else all_stores()
     found = [vector for store in stores for vector in store.vectors()]
     problems = {
-        str(store.folder / "vectors" / file): problem
+        str(store.folder / file): problem
         for store in stores
         for file, problem in store.problems.items()
-        if file.endswith(".safetensors")
+        if file.startswith("vectors/")
     }
     if as_json:
         out_json({"vectors": [vector.card() for vector in found], "problems": problems})
