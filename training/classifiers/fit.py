@@ -19,8 +19,9 @@ Kind = Literal["mlp", "linear"]
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
 _FLOOR = 0.01  # of the median deviation: an input that never varied would be blown up without it
-_MAX_TEMPERATURE = 20.0
-_FARTHEST_OFFSET = 20.0
+_MAX_SCALE = 20.0
+_LOG_SCALE_SPREAD = 0.5  # of the prior: without evidence calibration changes nothing
+_OFFSET_SPREAD = 1.0
 
 
 @dataclass(frozen=True)
@@ -236,8 +237,8 @@ def calibrated(
     """Return scale and offset of logits under which probabilities fit the targets best.
 
     One scale and no offset if labels exclude one another (temperature scaling), a scale and an
-    offset a label otherwise (Platt scaling). Targets are smoothed as in Platt's, by one imagined
-    row a label, so that rows told apart without a mistake do not ask for infinite logits.
+    offset a label otherwise (Platt scaling). A prior holds them at 1 and 0, so that a few rows, or
+    rows told apart without a mistake, do not ask for infinite logits.
 
     Args:
         logits: of rows that were not trained on, `[n, n_labels]`.
@@ -247,7 +248,9 @@ def calibrated(
     Returns:
         (scale, offset), `[n_labels]` each; 1 and 0 for a label that all or none of the rows have.
 
-    Source: temperature, arXiv 1706.04599; Platt's smoothing, Platt 1999, section 2.2.
+    Source: temperature, arXiv 1706.04599; scale and offset, Platt 1999.
+    Differs: the prior. Platt smooths targets by a row a label instead; on clouds of points with
+        300 rows to calibrate on, that raised a good network's error from 0.010 to 0.035.
     """
     n_labels = logits.shape[1]
     scale, offset = torch.ones(n_labels), torch.zeros(n_labels)
@@ -262,34 +265,31 @@ def calibrated(
 
 
 def _temperature_scale(logits: np.ndarray, targets: np.ndarray) -> float:
-    n, n_labels = targets.shape
-    smoothed = (targets * n + 1) / (n + n_labels)
-
     def loss(log_scale: float) -> float:
         scaled = logits * np.exp(log_scale)
         top = scaled.max(1, keepdims=True)
         norm = top[:, 0] + np.log(np.exp(scaled - top).sum(1))
-        return float(np.mean(norm - (smoothed * scaled).sum(1)))
+        misfit = float((norm - (targets * scaled).sum(1)).sum())
+        return misfit + (log_scale / _LOG_SCALE_SPREAD) ** 2 / 2
 
-    farthest = float(np.log(_MAX_TEMPERATURE))
+    farthest = float(np.log(_MAX_SCALE))
     found = minimize_scalar(loss, bounds=(-farthest, farthest), method="bounded")
     return float(np.exp(found.x))
 
 
 def _platt(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
-    n_yes = targets.sum()
-    n_no = len(targets) - n_yes
-    smoothed = np.where(targets > 0, (n_yes + 1) / (n_yes + 2), 1 / (n_no + 2))
+    spread = np.array([_LOG_SCALE_SPREAD, _OFFSET_SPREAD])
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         scale = np.exp(parameters[0])
         z = scale * logits + parameters[1]
-        wrong = 1 / (1 + np.exp(-np.clip(z, -700, 700))) - smoothed
-        slopes = np.array([(wrong * logits).mean() * scale, wrong.mean()])
-        return float(np.mean(np.logaddexp(0, z) - smoothed * z)), slopes
+        wrong = 1 / (1 + np.exp(-np.clip(z, -700, 700))) - targets
+        slopes = np.array([(wrong * logits).sum() * scale, wrong.sum()]) + parameters / spread**2
+        misfit = float((np.logaddexp(0, z) - targets * z).sum())
+        return misfit + float(((parameters / spread) ** 2).sum()) / 2, slopes
 
-    farthest = float(np.log(_MAX_TEMPERATURE))
-    limits = [(-farthest, farthest), (-_FARTHEST_OFFSET, _FARTHEST_OFFSET)]
+    farthest = float(np.log(_MAX_SCALE))
+    limits = [(-farthest, farthest), (None, None)]
     found = minimize(loss, np.zeros(2), jac=True, bounds=limits, method="L-BFGS-B")
     return float(np.exp(found.x[0])), float(found.x[1])
 
