@@ -1,7 +1,7 @@
 """Tensor operations: the steering op, classifier guidance, attention. Knows nothing but tensors."""
 
 from trimtab.kernels.guidance import Classifier, Goals, guide, probabilities, read
-from trimtab.kernels.steer import LayerBank, probe, steer
+from trimtab.kernels.steer import LayerBank, steer
 
 __all__ = [
     "Classifier",
@@ -9,7 +9,6 @@ __all__ = [
     "LayerBank",
     "guide",
     "probabilities",
-    "probe",
     "read",
     "steer",
 ]

@@ -16,7 +16,7 @@ This file is the plain torch reference: the specification, the CPU path and the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -104,6 +104,10 @@ class Goals:
     picks_rival: torch.Tensor
     until: torch.Tensor
     keeps_norm: torch.Tensor
+
+    def times(self, gates: torch.Tensor) -> Goals:
+        """Return the goals with their steps scaled by `gates`, `[n_tokens, 1]`, float32."""
+        return replace(self, sizes=self.sizes * gates)
 
 
 def read(hidden: torch.Tensor, classifier: Classifier) -> torch.Tensor:
@@ -203,6 +207,8 @@ def _pulled_back(
     """Return dL/dz from dL/do, `[n_tokens, d_in]`."""
     if classifier.w_mid is None or classifier.w_out is None:
         return slope
+    assert above_in is not None
+    assert above_mid is not None
     return ((slope @ classifier.w_out) * above_mid @ classifier.w_mid) * above_in
 
 

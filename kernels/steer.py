@@ -95,25 +95,3 @@ def steer(
         keeps = asked.any(1, keepdim=True) & (after > 0)
         steered = steered * torch.where(keeps, before / after, 1.0)
     return steered.to(hidden.dtype)
-
-
-def probe(
-    hidden: torch.Tensor,
-    direction: torch.Tensor,
-    *,
-    slope: torch.Tensor | float,
-    intercept: torch.Tensor | float,
-) -> torch.Tensor:
-    """Return a linear probe's probability for each token.
-
-    Args:
-        hidden: `[n_tokens, d_model]`, any floating dtype.
-        direction: `[d_model]` or one row a token `[n_tokens, d_model]`, float32.
-        slope: factor of the projection, scalar or `[n_tokens]`.
-        intercept: offset in logits, scalar or `[n_tokens]`.
-
-    Returns:
-        `sigmoid(slope * (h . direction) + intercept)`, `[n_tokens]`, float32.
-    """
-    projection = (hidden.float() * direction).sum(-1)
-    return torch.sigmoid(slope * projection + intercept)

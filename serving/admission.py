@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel
@@ -15,13 +16,26 @@ from trimtab.serving.event_stream import EventStream, as_json
 from trimtab.serving.generation import Generation, or_gone
 from trimtab.serving.openai.answer import Answer
 from trimtab.serving.openai.generation_request import GenerationRequest
-from trimtab.serving.request_plan import preset_of, request_plan
+from trimtab.serving.request_plan import preset_of, probe_readers, request_plan
 from trimtab.serving.state import ServerState
-from trimtab.steering.plan import Plan
+from trimtab.steering.plan import Plan, Reader
 
 
-async def admit(server: ServerState, request: GenerationRequest, *, vocab_size: int) -> Plan | None:
-    """Check a request against the server's limits and compile its steering.
+@dataclass(frozen=True)
+class Admitted:
+    """What a request's steering and probes come to.
+
+    Attributes:
+        plan: compiled steering, or None.
+        probes: what reads its probes.
+    """
+
+    plan: Plan | None
+    probes: tuple[Reader, ...]
+
+
+async def admit(server: ServerState, request: GenerationRequest, *, vocab_size: int) -> Admitted:
+    """Check a request against the server's limits, compile its steering and find its probes.
 
     Raises:
         TrimtabError: with the JSON path of what is at fault.
@@ -29,16 +43,20 @@ async def admit(server: ServerState, request: GenerationRequest, *, vocab_size: 
     settings = server.settings
     has_preset = preset_of(server, request.model) is not None
     request.within(max_n=settings.max_n, max_stop=settings.max_stop, vocab_size=vocab_size)
-    if not has_preset and request.steering is None and request.vllm_xargs is None:
-        return None
+    is_steered = has_preset or request.steering is not None or request.vllm_xargs is not None
+
+    def looked_up() -> Admitted:
+        plan = None
+        if is_steered:
+            plan = request_plan(
+                server, model=request.model, steering=request.steering, xargs=request.vllm_xargs
+            )
+        return Admitted(plan, probe_readers(server, request.probes))
+
+    if not is_steered and not request.probes:
+        return Admitted(None, ())
     # In a thread, because the store looks at its files.
-    return await run_in_threadpool(
-        request_plan,
-        server,
-        model=request.model,
-        steering=request.steering,
-        xargs=request.vllm_xargs,
-    )
+    return await run_in_threadpool(looked_up)
 
 
 def sequences(
@@ -46,7 +64,7 @@ def sequences(
     request: GenerationRequest,
     *,
     prompts: list[tuple[int, ...]],
-    plan: Plan | None,
+    admitted: Admitted,
     wanted_tokens: int | None,
     vocab_size: int,
     logprobs: int | None,
@@ -72,7 +90,7 @@ def sequences(
                 # every choice is the same shape.
                 prompt_logprobs=prompt_logprobs,
             )
-            made.append(Request(uuid.uuid4().hex, ids, sampling, plan))
+            made.append(Request(uuid.uuid4().hex, ids, sampling, admitted.plan, admitted.probes))
     return made
 
 

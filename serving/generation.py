@@ -38,6 +38,7 @@ class Generation:
         for request in requests:
             server.engine.check(request)
         self._steered = [request.plan is not None for request in requests]
+        self._probes = [request.probes for request in requests]
         self._must_steer = [bool(r.plan is not None and r.plan.parts) for r in requests]
         self._iterators = server.engine.generate(*requests)
         self._tasks = [asyncio.create_task(self._pump(i)) for i in range(len(requests))]
@@ -88,6 +89,8 @@ class Generation:
         # A steered answer without its receipt may be an unsteered one: never pass it on.
         if delta.finish_reason and self._must_steer[index] and delta.steering is None:
             raise EngineError("The engine gave no account of the steering it was asked for.")
+        if self._probes[index] and len(delta.probes) != len(delta.token_ids):
+            raise EngineError("The engine gave no account of the probes it was asked for.")
         return delta
 
     def _observe(self, index: int, delta: Delta) -> None:
@@ -102,6 +105,8 @@ class Generation:
                     self._metrics.inter_token.observe((now - self._last_token[index]) / count)
             self._last_token[index] = now
             self._metrics.completion_tokens.inc(count)
+        if delta.probes:
+            self._metrics.probed(self._probes[index], delta.probes)
         if delta.steering is not None:
             self._metrics.steered_tokens.inc(delta.steering.get("steered_tokens", 0))
 

@@ -10,11 +10,12 @@ from prometheus_client.registry import Collector
 
 from trimtab.serving.attribution_jobs import AttributionJobs
 from trimtab.serving.lifecycle import Lifecycle
-from trimtab.steering.plan import Plan
+from trimtab.steering.plan import Plan, ProbeRow, Reader
 
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_S = (0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
 _REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_PROBABILITY = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
 _DOSE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 5)
 
 
@@ -83,7 +84,20 @@ class Metrics:
         self.duration = histogram(
             "request_duration_seconds", "From request to end of answer", _REQUEST_S, ("route",)
         )
+        self.probes = histogram(
+            "probe",
+            "Probability a request's probe read at a generated token",
+            _PROBABILITY,
+            ("probe", "label"),
+        )
         self.dose = histogram("dose", "Largest relative dose of a steered request", _DOSE)
+
+    def probed(self, readers: tuple[Reader, ...], rows: tuple[ProbeRow, ...]) -> None:
+        """Count what a request's probes read at new tokens."""
+        for row in rows:
+            for reader, values in zip(readers, row, strict=True):
+                for label, value in zip(reader.labels, values, strict=True):
+                    self.probes.labels(reader.id, label).observe(value)
 
     def steered(self, plan: Plan) -> None:
         """Count one request that is steered by a plan."""

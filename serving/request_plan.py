@@ -11,12 +11,13 @@ from trimtab.serving.errors import RequestError
 from trimtab.serving.state import ServerState
 from trimtab.steering.compile import compile_plan
 from trimtab.steering.errors import NotFoundError, SpecError, TrimtabError, did_you_mean
-from trimtab.steering.plan import Plan
-from trimtab.steering.spec import MAX_TERMS, AblateTerm, SteeringSpec, VectorTerm, parse_spec
+from trimtab.steering.lookup import Lookup
+from trimtab.steering.plan import Plan, Reader
+from trimtab.steering.spec import MAX_TERMS, TERM_KINDS, SteeringSpec, parse_spec
 
 # Stands for the joined spec in error paths until they are mapped back; no client text holds it.
 _JOINED = "\x00joined"
-_JOINED_PATH = re.compile(_JOINED + r"(?:\.(vectors|ablate)\[(\d+)\])?(\.when)?")
+_JOINED_PATH = re.compile(_JOINED + rf"(?:\.({'|'.join(TERM_KINDS)})\[(\d+)\])?(\.when)?")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,18 @@ def compile_spec(server: ServerState, spec: SteeringSpec, *, path: str) -> Plan:
         limits=server.limits,
         path=path,
     )
+
+
+def probe_readers(server: ServerState, names: list[str]) -> tuple[Reader, ...]:
+    """Return what reads a request's `probes`.
+
+    Raises:
+        NotFoundError: there is neither a classifier nor a vector of that name.
+        SpecError: another model's, or a vector without a probe.
+    """
+    info = server.info
+    lookup = Lookup(server.store, info.model, len(info.hidden_norms))
+    return tuple(lookup.probe(name, path=f"probes[{i}]") for i, name in enumerate(names))
 
 
 def read_spec(value: Any, *, path: str) -> SteeringSpec:
@@ -148,31 +161,25 @@ def _own_spec(steering: Any, xargs: dict[str, Any] | None) -> tuple[SteeringSpec
 def _joined(
     preset: SteeringSpec, own: SteeringSpec | None, *, name: str, path: str
 ) -> tuple[SteeringSpec, dict[tuple[str, int], _Source]]:
-    vectors: list[VectorTerm] = []
-    ablate: list[AblateTerm] = []
+    joined: dict[str, list[Any]] = {kind: [] for kind in TERM_KINDS}
     sources: dict[tuple[str, int], _Source] = {}
-    for spec, root in ((preset, name), (own, path)):
-        if spec is None:
-            continue
-        pairs: tuple[tuple[str, Any, list[Any]], ...] = (
-            ("vectors", spec.vectors, vectors),
-            ("ablate", spec.ablate, ablate),
-        )
-        for kind, terms, into in pairs:
-            for i, term in enumerate(terms):
+    sides = [(preset, name)] if own is None else [(preset, name), (own, path)]
+    for spec, root in sides:
+        for kind, into in joined.items():
+            for i, term in enumerate(getattr(spec, kind)):
                 sources[kind, len(into)] = _Source(
                     root, f"{root}.{kind}[{i}]", term.when is not None
                 )
                 # Gated here and not by the whole's `when`, which would gate both sides.
                 into.append(term.model_copy(update={"when": term.when or spec.when}))
-    for kind, n_terms in (("vectors", len(vectors)), ("ablate", len(ablate))):
-        if n_terms > MAX_TERMS:
+    for kind, terms in joined.items():
+        if len(terms) > MAX_TERMS:
             raise SpecError(
-                f"{name} and {path}.{kind} have {n_terms} terms together; at most {MAX_TERMS} "
+                f"{name} and {path}.{kind} have {len(terms)} terms together; at most {MAX_TERMS} "
                 "are allowed.",
                 param=f"{path}.{kind}",
             )
-    return SteeringSpec.model_construct(vectors=vectors, ablate=ablate, when=None), sources
+    return SteeringSpec.model_construct(None, **joined, when=None), sources
 
 
 def _mapped_back(

@@ -7,6 +7,7 @@ that finds no room is not an error: the caller keeps the request waiting.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 
 from trimtab.kernels import LayerBank
 from trimtab.steering.errors import SpecError
-from trimtab.steering.plan import MAX_RANK, Gate, Part, Plan
+from trimtab.steering.goal_table import GoalTable
+from trimtab.steering.plan import MAX_RANK, Gate, Guide, Part, Plan
+from trimtab.steering.reader_shelf import ReaderShelf
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +39,7 @@ class Bank:
         max_rows: live (part, layer) additive rows; default a row a slot and layer, at most
             what fits in 256 MiB but never less than four plans on all layers.
         max_low_rank: live low-rank pairs; default likewise within 256 MiB for both factors.
+        max_guides: live guides (a classifier's labels and steps at a layer).
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Bank:
         max_slots: int = 256,
         max_rows: int | None = None,
         max_low_rank: int | None = None,
+        max_guides: int | None = None,
     ) -> None:
         fits = 2**28 // (4 * hidden_size)
         if max_rows is None:
@@ -72,6 +77,12 @@ class Bank:
         self.has_low_rank = np.zeros((n_layers, max_slots + 1), dtype=bool)
         self.has_norm = np.zeros((n_layers, max_slots + 1), dtype=bool)
         self.gates: dict[int, Gate] = {}
+        # Guides of a slot, with their rows of the goals' table, by (layer, slot).
+        self.guides: dict[tuple[int, int], tuple[tuple[Guide, int], ...]] = {}
+        self.has_guides = np.zeros((n_layers, max_slots + 1), dtype=bool)
+        self.max_guides = max_guides if max_guides is not None else 4 * max_slots
+        self.goals = GoalTable(self.max_guides, device=self.device)
+        self.readers = ReaderShelf(self.device)
 
         self._free_slots = list(range(max_slots, 0, -1))
         self._free_rows = list(range(max_rows, 0, -1))
@@ -104,24 +115,20 @@ class Bank:
         Raises:
             SpecError: it needs more rows or low-rank pairs than the bank has.
         """
-        rows, low = (sum(x) for x in zip((0, 0), *map(_needs, plan.parts), strict=True))
-        if rows > self.max_rows or low > self.max_low_rank or len(plan.parts) > self.max_slots:
+        need = _needs(plan.parts)
+        have = _Needs(self.max_slots, self.max_rows, self.max_low_rank, self.max_guides)
+        if not need.within(have):
             raise SpecError(
-                f"{param} needs {len(plan.parts)} slots, {rows} rows and {low} low-rank pairs; "
-                f"this server has {self.max_slots}, {self.max_rows} and {self.max_low_rank}. "
-                "Name fewer layers.",
-                param=param,
+                f"{param} needs {need}; this server has {have}. Name fewer layers.", param=param
             )
 
     def acquire(self, plan: Plan) -> Lease | None:
         """Hold a plan's parts, or return None (and change nothing) while there is no room."""
         new = [part for part in plan.parts if part.digest not in self._slot_of]
-        rows, low = (sum(x) for x in zip((0, 0), *map(_needs, new), strict=True))
-        if (
-            len(new) > len(self._free_slots)
-            or rows > len(self._free_rows)
-            or low > len(self._free_low)
-        ):
+        free = _Needs(
+            len(self._free_slots), len(self._free_rows), len(self._free_low), self.goals.n_free
+        )
+        if not _needs(new).within(free):
             return None
         slots = []
         for part in plan.parts:
@@ -153,7 +160,14 @@ class Bank:
         slot = self._free_slots.pop()
         held = _Held(part.digest)
         for layer, term in part.layers.items():
-            self.touches[layer, slot] = True
+            self.touches[layer, slot] = term.has_change
+            if term.guides:
+                self.has_guides[layer, slot] = True
+                self.guides[layer, slot] = tuple(
+                    (guide, self.goals.write(guide)) for guide in term.guides
+                )
+                for guide in term.guides:
+                    self.readers.hold(guide.reader)
             if term.add is not None:
                 row = self._free_rows.pop()
                 held.rows.append(row)
@@ -172,6 +186,7 @@ class Bank:
                 self.has_norm[layer, slot] = True
         if part.gate is not None:
             self.gates[slot] = part.gate
+            self.readers.hold(part.gate.reader)
         self._slot_of[part.digest] = slot
         self._held[slot] = held
         return slot
@@ -179,8 +194,14 @@ class Bank:
     def _clear(self, slot: int) -> None:
         held = self._held.pop(slot)
         del self._slot_of[held.digest]
-        self.gates.pop(slot, None)
-        for table in (self.touches, self.has_low_rank, self.has_norm):
+        gate = self.gates.pop(slot, None)
+        if gate is not None:
+            self.readers.drop(gate.reader)
+        for layer in np.flatnonzero(self.has_guides[:, slot]).tolist():
+            for guide, row in self.guides.pop((layer, slot)):
+                self.goals.free(row)
+                self.readers.drop(guide.reader)
+        for table in (self.touches, self.has_low_rank, self.has_norm, self.has_guides):
             table[:, slot] = False
         for buffer in (self.row_of, self.low_of, self.norm):
             buffer[:, slot] = 0
@@ -197,7 +218,36 @@ class _Held:
         self.low: list[int] = []
 
 
-def _needs(part: Part) -> tuple[int, int]:
-    rows = sum(term.add is not None for term in part.layers.values())
-    low = sum(len(term.low_a) for term in part.layers.values() if term.low_a is not None)
-    return rows, low
+@dataclass(frozen=True)
+class _Needs:
+    slots: int
+    rows: int
+    low: int
+    guides: int
+
+    def within(self, other: _Needs) -> bool:
+        return all(
+            mine <= its
+            for mine, its in (
+                (self.slots, other.slots),
+                (self.rows, other.rows),
+                (self.low, other.low),
+                (self.guides, other.guides),
+            )
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.slots} slots, {self.rows} rows, {self.low} low-rank pairs and "
+            f"{self.guides} guides"
+        )
+
+
+def _needs(parts: Sequence[Part]) -> _Needs:
+    terms = [term for part in parts for term in part.layers.values()]
+    return _Needs(
+        slots=len(parts),
+        rows=sum(term.add is not None for term in terms),
+        low=sum(len(term.low_a) for term in terms if term.low_a is not None),
+        guides=sum(len(term.guides) for term in terms),
+    )

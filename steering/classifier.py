@@ -14,8 +14,8 @@ import torch
 from trimtab.kernels import Classifier
 from trimtab.steering.artifact import ModelRef, complete_header, packed, unpacked
 from trimtab.steering.errors import ArtifactError
+from trimtab.steering.spec import LABEL_PATTERN
 
-LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
 MAX_LABELS = 64
 MAX_WIDTH = 1024
 _LABEL = re.compile(LABEL_PATTERN)

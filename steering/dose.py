@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import torch
 
-from trimtab.steering.plan import Part
+from trimtab.steering.plan import Guide, Part
 
 
 def dose_at(
@@ -15,19 +15,35 @@ def dose_at(
 ) -> float:
     """Return the largest relative dose |change| / |h| any token of a request can get at a layer.
 
-    Only the additive part counts: ablation is bounded by h itself.
+    Additive parts are summed as vectors, the steps of guidance, which may point anywhere, as
+    lengths. Ablation and reflection do not count: they are bounded by h itself.
     """
+    norm = float(norms[layer])
+    steps = {
+        i: sum(_length(guide) for guide in _guides(part, layer)) for i, part in enumerate(parts)
+    }
     adds = {
         i: term.add.double()
         for i, part in enumerate(parts)
         if (term := part.layers.get(layer)) is not None and term.add is not None
     }
     worst = 0.0
-    for members in {open_parts & frozenset(adds) for open_parts in together}:
-        if members:
-            change = torch.stack([adds[i] for i in sorted(members)]).sum(0)
-            worst = max(worst, float(change.norm()) / float(norms[layer]))
+    for members in together:
+        length = sum(steps[i] for i in members)
+        adding = sorted(members & frozenset(adds))
+        if adding:
+            length += float(torch.stack([adds[i] for i in adding]).sum(0).norm())
+        worst = max(worst, length / norm)
     return worst
+
+
+def _guides(part: Part, layer: int) -> tuple[Guide, ...]:
+    term = part.layers.get(layer)
+    return () if term is None else term.guides
+
+
+def _length(guide: Guide) -> float:
+    return sum(guide.sizes) if guide.step == "unit" else 0.0
 
 
 def open_together(parts: tuple[Part, ...]) -> set[frozenset[int]]:

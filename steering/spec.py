@@ -16,10 +16,24 @@ from trimtab.steering.errors import SpecError, did_you_mean, listed
 
 MAX_TERMS = 64
 MAX_EXPRESSION = 16_384
+TERM_KINDS = ("vectors", "ablate", "guidance")
 SCALE_ALIASES = ("strength", "alpha", "coeff", "coefficient", "multiplier")
+MAX_GUIDANCE_LABELS = 16
+MAX_STEPS = 16
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
+_PROBE_PATTERN = ID_PATTERN.removesuffix("$") + "(?:/" + LABEL_PATTERN.strip("^$") + ")?$"
 
 ArtifactId = Annotated[str, Field(pattern=ID_PATTERN, description="Name of a stored artifact")]
+ProbeName = Annotated[
+    str,
+    Field(
+        pattern=_PROBE_PATTERN,
+        description="A vector's id, or a classifier's id and label as `tone/casual`",
+    ),
+]
+Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
+Labels = Annotated[list[Label], Field(max_length=MAX_GUIDANCE_LABELS)]
 Scale = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Layers = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1, max_length=512)]
 Count = Annotated[int, Field(ge=0, le=1_000_000, strict=True)]
@@ -44,7 +58,7 @@ class Apply(_Strict):
 class When(_Strict):
     """A gate: apply only where (or if) a probe's probability is above or below a threshold."""
 
-    probe: ArtifactId
+    probe: ProbeName
     above: Annotated[float, Field(ge=0, le=1)] | None = None
     below: Annotated[float, Field(ge=0, le=1)] | None = None
     layer: Annotated[int, Field(strict=True)] | None = Field(
@@ -100,19 +114,86 @@ class AblateTerm(_Term):
     when: When | None = None
 
 
+class GuidanceTerm(_Term):
+    """Follow a classifier's gradient toward some labels and away from others."""
+
+    classifier: ArtifactId
+    target: Labels = Field([], description="Labels to steer toward")
+    avoid: Labels | Literal["rival"] = Field(
+        [],
+        description="Labels to steer away from; `rival` is the likeliest label outside `target`, "
+        "found anew at every token and step",
+    )
+    scale: Scale = Field(1.0, description="Times the dose calibrated for these labels")
+    dose: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None,
+        description="In place of `scale`: the steps' summed length relative to the layer's |h|",
+    )
+    over_dose: bool = Field(
+        False, description="Allow more than the calibrated dose, or one that was never calibrated"
+    )
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] = Field(
+        1, description="Gradient steps that share the dose"
+    )
+    decay: Annotated[float, Field(gt=0, le=2)] = Field(
+        1.0, description="Length of a step relative to the one before"
+    )
+    loss: Literal["logits", "softmax", "sigmoid"] = Field(
+        "logits", description="Mean logits, or mean log-probabilities of that kind"
+    )
+    until: Annotated[float, Field(ge=0.5, lt=1)] | None = Field(
+        None, description="No further step where the target is at least this likely"
+    )
+    reflect: bool = Field(
+        False, description="Turn the avoided labels' gradient component around; needs no target"
+    )
+    normalize: bool = Field(False, description="Keep the hidden state's norm")
+    layers: Layers | None = Field(None, description="0-based layers; null takes the classifier's")
+    apply: Apply = Apply()
+    when: When | None = None
+
+    @model_validator(mode="after")
+    def _says_where_to(self) -> GuidanceTerm:
+        if not self.target and not self.avoid:
+            raise ValueError("name at least one label in `target` or `avoid`")
+        if self.dose is not None and "scale" in self.model_fields_set:
+            raise ValueError("`scale` and `dose` are two ways to say the same; give one of them")
+        if self.scale < 0:
+            raise ValueError("`scale` is negative; swap `target` and `avoid` instead")
+        if self.reflect and (self.target or not self.avoid):
+            raise ValueError("`reflect` turns avoided labels around and takes no `target`")
+        both = set(self.target) & set(self.avoid) if isinstance(self.avoid, list) else set()
+        if both:
+            raise ValueError(f"{sorted(both)[0]!r} is both in `target` and in `avoid`")
+        if len(set(self.named)) != len(self.named):
+            raise ValueError("a label is named twice")
+        return self
+
+    @property
+    def named(self) -> list[str]:
+        """Every label the request names."""
+        return self.target + (self.avoid if isinstance(self.avoid, list) else [])
+
+
 class SteeringSpec(_Strict):
-    """A request's steering: vectors to add, directions to ablate, an optional gate for all."""
+    """A request's steering: vectors to add, directions to ablate, classifiers to follow."""
 
     vectors: Annotated[list[VectorTerm], Field(max_length=MAX_TERMS)] = []
     ablate: Annotated[list[AblateTerm], Field(max_length=MAX_TERMS)] = []
+    guidance: Annotated[list[GuidanceTerm], Field(max_length=MAX_TERMS)] = []
     when: When | None = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> SteeringSpec:
-        if not self.vectors and not self.ablate:
+        if not any(getattr(self, kind) for kind in TERM_KINDS):
             raise ValueError(
-                "the steering spec is empty; name at least one vector or ablation, "
+                "the steering spec is empty; name at least one vector, ablation or classifier, "
                 "or leave the field out"
+            )
+        n_labels = sum(len(term.named) for term in self.guidance)
+        if n_labels > MAX_GUIDANCE_LABELS:
+            raise ValueError(
+                f"guidance names {n_labels} labels; at most {MAX_GUIDANCE_LABELS} are allowed"
             )
         return self
 
@@ -147,7 +228,7 @@ def parse_spec(value: Any, *, path: str = "steering") -> SteeringSpec:
         raise SpecError(
             f"{path} must be an object or a string, not {type(value).__name__}.", param=path
         )
-    for kind in ("vectors", "ablate"):
+    for kind in TERM_KINDS:
         terms = value.get(kind)
         if isinstance(terms, list) and len(terms) > MAX_TERMS:
             raise SpecError(
@@ -235,6 +316,7 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
     models: dict[str, type[BaseModel]] = {
         "vectors": VectorTerm,
         "ablate": AblateTerm,
+        "guidance": GuidanceTerm,
         "apply": Apply,
         "when": When,
     }

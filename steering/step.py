@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from trimtab.kernels import probe, steer
+from trimtab.kernels import probabilities, read, steer
 from trimtab.steering.bank import Bank, Lease
-from trimtab.steering.plan import Gate
+from trimtab.steering.guidance_work import GuidanceWork, plan_guidance
+from trimtab.steering.plan import Gate, Reader
 
 
 @dataclass(eq=False)
@@ -42,6 +43,22 @@ class SteeredRequest:
         self.n_open = [0] * len(self.lease.slots)
 
 
+@dataclass(eq=False)
+class Watch:
+    """What a request's probes read, steered or not.
+
+    Attributes:
+        readers: the probes.
+        latest: probabilities of each one's labels at the last token run, in the readers' order.
+    """
+
+    readers: tuple[Reader, ...]
+    latest: list[list[float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.latest = [[] for _ in self.readers]
+
+
 @dataclass(frozen=True)
 class Span:
     """Consecutive tokens of one request in a forward pass.
@@ -51,12 +68,19 @@ class Span:
         start: absolute position of the first.
         request: its steering; None leaves the tokens alone.
         thinking: whether each token lies in a thinking span, `[n_tokens]`, bool; None means no.
+        watch: probes that read its last token; None reads nothing.
     """
 
     n_tokens: int
     start: int = 0
     request: SteeredRequest | None = None
     thinking: np.ndarray | None = None
+    watch: Watch | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """True if its tokens are neither steered nor read."""
+        return self.watch is None and (self.request is None or not self.request.lease.slots)
 
 
 @dataclass(frozen=True)
@@ -73,7 +97,14 @@ class _Reading:
     tokens: slice
     part: int
     request: SteeredRequest
-    direction: torch.Tensor
+
+
+@dataclass
+class _Watched:
+    reader: Reader
+    tokens: list[int] = field(default_factory=list)
+    into: list[tuple[Watch, int]] = field(default_factory=list)
+    seen: torch.Tensor | None = None
 
 
 class SteerStep:
@@ -86,6 +117,7 @@ class SteerStep:
         self.n_tokens = n_tokens
         self._requests: list[tuple[slice, SteeredRequest]] = []
         self._readings: dict[int, list[_Reading]] = {}
+        self._watched: dict[int, dict[str, _Watched]] = {}
         self._slots = np.zeros((n_tokens, n_parts), dtype=np.int64)
         gates: np.ndarray | None = None
         at = 0
@@ -93,6 +125,8 @@ class SteerStep:
             tokens = slice(at, at + span.n_tokens)
             at += span.n_tokens
             request = span.request
+            if span.watch is not None:
+                self._watch(span.watch, at - 1)
             if request is None or not request.lease.slots:
                 continue
             self._requests.append((tokens, request))
@@ -118,6 +152,7 @@ class SteerStep:
                 elif part.gate.per_prompt or inside.any():
                     self._read(part.gate, tokens, m, request, span)
         self._layers = self._plan_layers()
+        self._guidance = self._plan_guidance()
         self._gates = None if gates is None else torch.from_numpy(gates).to(bank.device)
 
     def _read(
@@ -127,9 +162,25 @@ class SteerStep:
             if span.start != 0 or span.n_tokens < request.n_prompt:
                 raise ValueError("a per-prompt gate needs the whole prompt in one forward pass")
             tokens = slice(tokens.start, tokens.start + request.n_prompt)
-        direction = gate.direction.to(self.bank.device)
-        reading = _Reading(gate, tokens, part, request, direction)
+        reading = _Reading(gate, tokens, part, request)
         self._readings.setdefault(gate.layer, []).append(reading)
+
+    def _watch(self, watch: Watch, token: int) -> None:
+        for i, reader in enumerate(watch.readers):
+            at_layer = self._watched.setdefault(reader.layer, {})
+            watched = at_layer.setdefault(reader.digest, _Watched(reader))
+            watched.tokens.append(token)
+            watched.into.append((watch, i))
+
+    def _plan_guidance(self) -> dict[int, list[GuidanceWork]]:
+        if not self._requests:
+            return {}
+        spans = [(tokens, request.lease.slots) for tokens, request in self._requests]
+        live = self.bank.has_guides[:, self._slots].any((1, 2))
+        return {
+            layer: plan_guidance(self.bank, layer, self._slots, spans)
+            for layer in np.flatnonzero(live).tolist()
+        }
 
     def _plan_layers(self) -> dict[int, _LayerWork]:
         bank, slots = self.bank, self._slots
@@ -150,7 +201,7 @@ class SteerStep:
     @property
     def layers(self) -> list[int]:
         """Layers whose output must pass through `apply`, ascending."""
-        return sorted(set(self._layers) | set(self._readings))
+        return sorted({*self._layers, *self._guidance, *self._readings, *self._watched})
 
     def apply(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return a layer's steered output; the input is not changed.
@@ -163,9 +214,18 @@ class SteerStep:
             raise ValueError(f"step of {self.n_tokens} tokens got hidden {tuple(hidden.shape)}")
         for reading in self._readings.get(layer, ()):
             self._decide(reading, hidden)
-        work = self._layers.get(layer)
-        if work is None:
-            return hidden
+        for watched in self._watched.get(layer, {}).values():
+            index = torch.tensor(watched.tokens, device=self.bank.device)
+            network = self.bank.readers.of(watched.reader)
+            watched.seen = probabilities(read(hidden[index], network), network)
+        if layer in self._layers:
+            hidden = self._changed(layer, hidden)
+        for work in self._guidance.get(layer, ()):
+            hidden = work.apply(hidden, bank=self.bank, gates=self._gates)
+        return hidden
+
+    def _changed(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        work = self._layers[layer]
         gates = self._gates
         if gates is not None and work.index is not None:
             gates = gates[work.index]
@@ -185,7 +245,8 @@ class SteerStep:
         if gate.per_prompt:
             # The first position is an attention sink with a norm of its own; leave it out.
             states = (states[1:] if len(states) > 1 else states).float().mean(0, keepdim=True)
-        score = probe(states, reading.direction, slope=gate.slope, intercept=gate.intercept)
+        network = self.bank.readers.of(gate.reader)
+        score = probabilities(read(states, network), network)[:, gate.label]
         is_open = score > gate.threshold if gate.above else score < gate.threshold
         assert self._gates is not None
         if torch.is_grad_enabled():
@@ -200,7 +261,11 @@ class SteerStep:
             self._gates[reading.tokens, reading.part] = is_open.float()
 
     def finish(self) -> None:
-        """Count the steered tokens into each request, after the forward pass."""
+        """Tell each request what was steered and what its probes read, after the forward pass."""
+        for watched in (w for at_layer in self._watched.values() for w in at_layer.values()):
+            assert watched.seen is not None  # the pass went through the layer
+            for (watch, i), row in zip(watched.into, watched.seen.tolist(), strict=True):
+                watch.latest[i] = row
         inside = self._slots > 0
         opened = inside
         if self._gates is not None:

@@ -14,7 +14,7 @@ from trimtab.attribution.subject import Subject
 from trimtab.serving.sampling import SamplingParams
 from trimtab.steering.artifact import ModelRef
 from trimtab.steering.errors import TrimtabError
-from trimtab.steering.plan import Plan
+from trimtab.steering.plan import Plan, ProbeRow, Reader
 
 
 class OverloadedError(TrimtabError):
@@ -77,12 +77,14 @@ class Request:
         prompt_ids: the whole prompt, at least one token.
         sampling: how to choose tokens.
         plan: compiled steering, or None.
+        probes: what to read at every generated token.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     plan: Plan | None = None
+    probes: tuple[Reader, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Delta:
         logprobs: one entry a new token if asked for.
         prompt_logprobs: on the first delta only, if asked for: one entry a prompt token, the
             first None (nothing predicts it).
+        probes: one entry a new token if the request has probes: for each probe its labels'
+            probabilities in the state the token was chosen from.
         finish_reason: set on the last delta.
         steering: on the last delta of a steered request, the runtime half of its receipt:
             `{"steered_tokens": int, "gates": [{"probe", "layer", "fired": share or bool}]}`.
@@ -105,6 +109,7 @@ class Delta:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    probes: tuple[ProbeRow, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     steering: dict[str, Any] | None = None

@@ -15,9 +15,10 @@ from pydantic import BaseModel
 from trimtab.serving.engines.base import Delta
 from trimtab.serving.generation import Generation
 from trimtab.serving.openai.generation_request import GenerationRequest
+from trimtab.serving.openai.probe_format import probe_readings
 from trimtab.serving.receipt import Receipt
 from trimtab.serving.state import ServerState
-from trimtab.steering.plan import Plan
+from trimtab.steering.plan import Plan, ProbeRow, Reader
 
 
 class Answer(abc.ABC):
@@ -27,6 +28,7 @@ class Answer(abc.ABC):
         server: the app's parts.
         request: what was asked.
         plan: its compiled steering, or None.
+        probes: what reads its probes.
         prompt_lengths: tokens of each prompt; every prompt has `request.n` choices.
     """
 
@@ -39,8 +41,10 @@ class Answer(abc.ABC):
         *,
         plan: Plan | None,
         prompt_lengths: list[int],
+        probes: tuple[Reader, ...] = (),
     ) -> None:
         self.request = request
+        self._probes = probes
         self.n_choices = request.n * len(prompt_lengths)
         self._receipt = None if plan is None else Receipt(plan)
         self.prompt_tokens = sum(prompt_lengths)
@@ -97,6 +101,10 @@ class Answer(abc.ABC):
             self._cached.setdefault(index, delta.cached_tokens)
         if self._receipt is not None:
             self._receipt.note(index, delta)
+
+    def _probed(self, rows: list[ProbeRow]) -> dict[str, Any]:
+        """Return a choice's extra field with what the probes read, or nothing."""
+        return probe_readings(self._probes, rows)
 
     def _steering(self) -> dict[str, Any]:
         return {} if self._receipt is None else {"steering": self._receipt.body()}

@@ -16,6 +16,7 @@ from trimtab.serving.engines.base import Delta, TokenLogprobs
 from trimtab.serving.openai.answer import Answer, stop_reason
 from trimtab.serving.openai.chat_request import ChatRequest
 from trimtab.serving.openai.logprob_format import chat_logprobs, prompt_logprobs
+from trimtab.steering.plan import ProbeRow
 
 Explain = Callable[[list[int]], Awaitable[dict[str, Any]]]
 """Returns the attribution of an answer's tokens, or its error, as it goes over the wire."""
@@ -38,6 +39,7 @@ class ChatAnswer(Answer):
         self._attributions: dict[int, dict[str, Any]] = {}
         self._texts = [""] * self.n_choices
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self.n_choices)]
+        self._readings: list[list[ProbeRow]] = [[] for _ in range(self.n_choices)]
         self._last: dict[int, Delta] = {}
         self._prompt: list[Any] | None = None
         self._opened: set[int] = set()
@@ -66,6 +68,7 @@ class ChatAnswer(Answer):
     def _collect(self, index: int, delta: Delta) -> None:
         self._texts[index] += delta.text
         self._logprobs[index].extend(delta.logprobs)
+        self._readings[index].extend(delta.probes)
         if delta.finish_reason is not None:
             self._last[index] = delta
         if delta.prompt_logprobs is not None and self._prompt is None:
@@ -87,6 +90,7 @@ class ChatAnswer(Answer):
                     logprobs=logprobs,
                     finish_reason=last.finish_reason.value,
                     **stop_reason(last),
+                    **self._probed(self._readings[i]),
                     **self._attribution(i),
                 )
             )
@@ -99,12 +103,15 @@ class ChatAnswer(Answer):
             self._opened.add(index)
             opening = ChoiceDelta(role="assistant", content="")
             yield ChunkChoice(index=index, delta=opening, logprobs=None, finish_reason=None)
-        if delta.text or delta.logprobs:
+        if delta.text or delta.logprobs or delta.probes:
             logprobs = None
             if self.request.logprobs:
                 logprobs = ChunkLogprobs(content=chat_logprobs(delta.logprobs), refusal=None)
             piece = ChoiceDelta(content=delta.text)
-            yield ChunkChoice(index=index, delta=piece, logprobs=logprobs, finish_reason=None)
+            probed = self._probed(list(delta.probes))
+            yield ChunkChoice(
+                index=index, delta=piece, logprobs=logprobs, finish_reason=None, **probed
+            )
         if delta.finish_reason is not None:
             yield ChunkChoice(
                 index=index,

@@ -15,7 +15,7 @@ from trimtab.serving.openai.answer import Answer, stop_reason
 from trimtab.serving.openai.completion_request import CompletionRequest
 from trimtab.serving.openai.logprob_format import completion_logprobs, prompt_logprobs
 from trimtab.serving.state import ServerState
-from trimtab.steering.plan import Plan
+from trimtab.steering.plan import Plan, ProbeRow, Reader
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class _Choice:
     offset: int = 0
     is_open: bool = False
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    readings: list[ProbeRow] = field(default_factory=list)
     prompt: list[Any] | None = None
     last: Delta | None = None
 
@@ -50,9 +51,10 @@ class CompletionAnswer(Answer):
         *,
         plan: Plan | None,
         prompts: list[Prompt],
+        probes: tuple[Reader, ...] = (),
     ) -> None:
         lengths = [len(prompt.ids) for prompt in prompts]
-        super().__init__(server, request, plan=plan, prompt_lengths=lengths)
+        super().__init__(server, request, plan=plan, prompt_lengths=lengths, probes=probes)
         self._prompts = prompts
         self._special_ids = frozenset(server.info.tokenizer.all_special_ids)
         self._choices = [_Choice() for _ in range(self.n_choices)]
@@ -76,6 +78,7 @@ class CompletionAnswer(Answer):
         text, tokens = self._opened(index, delta)
         choice.text += text
         choice.logprobs.extend(tokens)
+        choice.readings.extend(delta.probes)
         if delta.prompt_logprobs is not None and self.request.prompt_logprobs is not None:
             top = self.request.prompt_logprobs
             choice.prompt = prompt_logprobs(delta.prompt_logprobs, top=top)
@@ -86,7 +89,7 @@ class CompletionAnswer(Answer):
         choices = []
         for i, choice in enumerate(self._choices):
             assert choice.last is not None  # every choice has ended
-            extra = stop_reason(choice.last)
+            extra = {**stop_reason(choice.last), **self._probed(choice.readings)}
             if self.request.prompt_logprobs is not None:
                 extra["prompt_logprobs"] = choice.prompt
             choices.append(
@@ -96,8 +99,8 @@ class CompletionAnswer(Answer):
 
     def _choice_chunks(self, index: int, delta: Delta) -> Iterator[BaseModel]:
         text, tokens = self._opened(index, delta)
-        if text or tokens or delta.finish_reason is not None:
-            extra = stop_reason(delta)
+        if text or tokens or delta.probes or delta.finish_reason is not None:
+            extra = {**stop_reason(delta), **self._probed(list(delta.probes))}
             yield self._choice(index, text, tokens=tokens, last=delta, extra=extra)
 
     def _choice(

@@ -19,11 +19,12 @@ from trimtab.serving.errors import RequestError
 from trimtab.serving.openai.unsupported import LABELS, refuse_unsupported
 from trimtab.serving.sampling import MAX_LOGPROBS, SamplingParams
 from trimtab.steering.errors import did_you_mean, listed
-from trimtab.steering.spec import json_path
+from trimtab.steering.spec import ArtifactId, json_path
 
 MAX_STOP_CHARS = 1024
 MAX_STOP_IDS = 256
 MAX_BIASES = 1024
+MAX_PROBES = 8
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Top = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
@@ -85,6 +86,11 @@ class GenerationRequest(StrictModel):
     stream_options: StreamOptions | None = None
     prompt_logprobs: Top | None = None
     steering: Steering = None
+    probes: list[ArtifactId] = Field(
+        [],
+        max_length=MAX_PROBES,
+        description="Classifiers and vectors to read at every generated token",
+    )
     vllm_xargs: dict[str, Any] | None = Field(
         None, description='`{"steering": "<json>"}`, another way in'
     )
@@ -127,6 +133,9 @@ class GenerationRequest(StrictModel):
             raise RequestError(
                 f"stop has {len(self.stop)} strings; this server allows {max_stop}.", param="stop"
             )
+        for i, name in enumerate(self.probes):
+            if name in self.probes[:i]:
+                raise RequestError(f"probes names {name!r} twice.", param=f"probes[{i}]")
         for i, token in enumerate(self.stop_token_ids):
             check_token(token, vocab_size=vocab_size, param=f"stop_token_ids[{i}]")
         self._biases(vocab_size)

@@ -32,7 +32,7 @@ async def chat_completions(http: HttpRequest, server: Server) -> Response:
     request = read_request(ChatRequest, body)
     check_number(request.messages, most=server.settings.max_messages)
     vocab_size = len(info.tokenizer)
-    plan = await admit(server, request, vocab_size=vocab_size)
+    admitted = await admit(server, request, vocab_size=vocab_size)
     ids = await run_in_threadpool(
         chat_ids, info.tokenizer, request.messages, max_context=info.max_context
     )
@@ -40,17 +40,18 @@ async def chat_completions(http: HttpRequest, server: Server) -> Response:
         server,
         request,
         prompts=[ids],
-        plan=plan,
+        admitted=admitted,
         wanted_tokens=request.wanted_tokens,
         vocab_size=vocab_size,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
     )
-    explained = await ExplainedAnswer.of(server, request, plan)
+    explained = await ExplainedAnswer.of(server, request, admitted.plan)
     answer = ChatAnswer(
         server,
         request,
-        plan=plan,
+        plan=admitted.plan,
+        probes=admitted.probes,
         prompt_lengths=[len(ids)],
         explain=None if explained is None else explained.explain,
     )

@@ -31,7 +31,7 @@ async def completions(http: HttpRequest, server: Server) -> Response:
     body = await read_object(http, limit=server.settings.max_body_bytes)
     request = read_request(CompletionRequest, body)
     vocab_size = len(tokenizer)
-    plan = await admit(server, request, vocab_size=vocab_size)
+    admitted = await admit(server, request, vocab_size=vocab_size)
     raw = read_prompts(
         request.prompt, max_prompts=server.settings.max_prompts, vocab_size=vocab_size
     )
@@ -40,13 +40,15 @@ async def completions(http: HttpRequest, server: Server) -> Response:
         server,
         request,
         prompts=[prompt.ids for prompt in prompts],
-        plan=plan,
+        admitted=admitted,
         wanted_tokens=request.wanted_tokens,
         vocab_size=vocab_size,
         logprobs=request.logprobs,
         prompt_logprobs=request.wanted_prompt_logprobs,
     )
-    answer = CompletionAnswer(server, request, plan=plan, prompts=prompts)
+    answer = CompletionAnswer(
+        server, request, plan=admitted.plan, probes=admitted.probes, prompts=prompts
+    )
     try:
         return await answered(http, server, requests=requests, answer=answer)
     except ContextLengthError as error:

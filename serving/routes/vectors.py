@@ -14,9 +14,9 @@ from trimtab.serving.errors import RequestError
 from trimtab.serving.keys import require_admin
 from trimtab.serving.openai.openai_list import deleted_response, list_response
 from trimtab.serving.state import Server, ServerState
-from trimtab.steering.compile import check_belongs
 from trimtab.steering.errors import ArtifactError
 from trimtab.steering.gguf import from_gguf, to_gguf
+from trimtab.steering.lookup import check_belongs
 from trimtab.steering.store import check_id
 from trimtab.steering.vector import VectorArtifact, from_bytes, to_bytes
 

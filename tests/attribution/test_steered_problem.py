@@ -9,9 +9,10 @@ from toys import TOYS, WIDTH
 
 from trimtab.attribution.problem import Problem
 from trimtab.attribution.subject import Subject
+from trimtab.kernels import Classifier
 from trimtab.steering.bank import Bank
 from trimtab.steering.model.hooks import captured, steered
-from trimtab.steering.plan import Gate, LayerTerm, Part, Plan, additive_plan, fingerprint_of
+from trimtab.steering.plan import Gate, LayerTerm, Part, Plan, Reader, additive_plan, fingerprint_of
 from trimtab.steering.step import Span, SteeredRequest, SteerStep
 from trimtab.steering.window import Window
 
@@ -31,7 +32,11 @@ def ablating(seed: int) -> LayerTerm:
 
 
 def gate(layer: int, *, per_prompt: bool, seed: int = 9, intercept: float = 0.0) -> Gate:
-    return Gate("probe", layer, direction(seed), 3.0, intercept, 0.5, True, per_prompt)
+    network = Classifier.of(
+        [(3.0 * direction(seed).unsqueeze(0), torch.tensor([intercept]))], is_exclusive=False
+    )
+    reader = Reader("probe", layer, network, ("probe",), f"{seed}@{layer}/{intercept}")
+    return Gate("probe", reader, 0, 0.5, True, per_prompt)
 
 
 def plan(*parts: tuple[Window, Gate | None, dict[int, LayerTerm]]) -> Plan:

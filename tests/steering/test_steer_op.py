@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from trimtab.kernels import LayerBank, probe, steer
+from trimtab.kernels import LayerBank, steer
 
 WIDTHS = (1, 7, 16, 64)
 TOKENS = (0, 1, 5, 16)
@@ -208,15 +208,3 @@ def test_shapes_that_do_not_belong_together_are_refused(
             bank=c.bank,
             gates=None if gates is None else torch.ones(gates),
         )
-
-
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_probe_is_a_logistic_regression(dtype: torch.dtype) -> None:
-    """A probe calibrated on one formula and read by another opens at the wrong tokens."""
-    c = case(6, 16)
-    hidden, direction = c.hidden.to(dtype), torch.randn(6, 16)
-    got = probe(hidden, direction, slope=torch.full((6,), 0.7), intercept=-0.2)
-    logits = 0.7 * (hidden.double() * direction.double()).sum(1) - 0.2
-    assert torch.allclose(got.double(), 1 / (1 + torch.exp(-logits)), atol=1e-6)
-    one = probe(hidden, direction[0], slope=0.7, intercept=-0.2)
-    assert torch.allclose(one[0], got[0], atol=1e-7)

@@ -111,6 +111,8 @@ class Batcher:
                     return  # it waits for slots; overtaking it could starve it
             with self._lock:
                 self.waiting.popleft()
+            for reader in sequence.request.probes:
+                self.bank.readers.hold(reader)
             sequence.hold(len(self.running), lease)
             self.running.append(sequence)
 
@@ -193,6 +195,8 @@ class Batcher:
             more["logprobs"] = tuple(
                 token_logprobs(logits, [token], top=params.logprobs, text=self.text)
             )
+        if sequence.watch is not None:
+            more["probes"] = (tuple(tuple(row) for row in sequence.watch.latest),)
         sequence.accept(token)
         reason, stop_reason = self._ending(sequence, token)
         text = ""
@@ -244,6 +248,8 @@ class Batcher:
         if sequence.lease is not None:
             self.bank.release(sequence.lease)
             sequence.lease = None
+        for reader in sequence.request.probes:
+            self.bank.readers.drop(reader)
         if error is not None:
             logger.error("request %s failed", sequence.request.id, exc_info=error)
             self.fail(sequence, EngineError(f"The engine failed on this request: {error}"))

@@ -61,7 +61,7 @@ class Runner(Protocol):
 
 
 def _step(bank: Bank, spans: list[Span]) -> SteerStep | None:
-    if all(span.request is None or not span.request.lease.slots for span in spans):
+    if all(span.is_plain for span in spans):
         return None
     return SteerStep(bank, spans)
 

@@ -13,7 +13,7 @@ from trimtab.serving.engines.base import Delta, FinishReason, Request, TokenLogp
 from trimtab.serving.engines.transformers.runner import Chunk
 from trimtab.serving.engines.transformers.sampler import SamplerState
 from trimtab.steering.bank import Lease
-from trimtab.steering.step import Span, SteeredRequest
+from trimtab.steering.step import Span, SteeredRequest, Watch
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Sequence:
         marks: the model's thinking marks, None if it has none.
         row: place in the cache while running.
         lease: its steering in the bank while running.
+        watch: what its probes read, if it has any.
         done: tokens already in the cache.
     """
 
@@ -47,6 +48,7 @@ class Sequence:
     row: int = -1
     lease: Lease | None = None
     steered: SteeredRequest | None = None
+    watch: Watch | None = None
     done: int = 0
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)
@@ -80,6 +82,8 @@ class Sequence:
         self.lease = lease
         if lease is not None:
             self.steered = SteeredRequest(lease, self.n_prompt)
+        if self.request.probes:
+            self.watch = Watch(self.request.probes)
 
     def chunk(self, budget: int) -> Chunk:
         """Return its next tokens to run, at most `budget` of them."""
@@ -87,7 +91,7 @@ class Sequence:
         n = len(pending)
         wants_all = self.request.sampling.prompt_logprobs is not None and not self.is_decoding
         reaches_end = self.done + n == len(self.ids)
-        span = Span(n, self.done, self.steered, self._thinking(self.done, n))
+        span = Span(n, self.done, self.steered, self._thinking(self.done, n), self.watch)
         return Chunk(
             row=self.row,
             ids=pending,
