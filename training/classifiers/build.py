@@ -14,6 +14,7 @@ from trimtab.kernels import Classifier, probabilities, read
 from trimtab.steering.artifact import MAX_ARTIFACT_BYTES
 from trimtab.steering.classifier import ClassifierArtifact
 from trimtab.steering.errors import DataError, listed
+from trimtab.steering.lookup import check_belongs
 from trimtab.training.calibration import Progress
 from trimtab.training.classifiers.examples import ExampleSet, tokens_of
 from trimtab.training.classifiers.fit import Fitted, Kind, Labelled, Recipe, fit_network
@@ -74,7 +75,7 @@ def build_classifier(
     if not kept or not set(kept) <= set(swept):
         raise DataError(f"Layers to keep, {list(kept)}, are not among those to train, {swept}.")
     recipe = Recipe(kind=kind, is_exclusive=is_exclusive, hidden=hidden, seed=seed)
-    data.check(is_exclusive=is_exclusive)
+    data.check(is_exclusive=is_exclusive, needs_answers=position != "last")
     labels = data.labels
     _check_size(recipe, host.profile.ref.hidden_size, n_labels=len(labels), n_layers=len(kept))
     split = data.split(seed=seed)
@@ -158,7 +159,11 @@ def measure_classifier(
 
     Raises:
         DataError: a label or layer it does not have, or a text too long.
+        SpecError: it reads another model.
     """
+    check_belongs(
+        classifier.model, host.profile.ref, name=classifier.id, param=None, what="classifier"
+    )
     wanted = classifier.layers if layers is None else tuple(sorted(set(layers)))
     if not set(wanted) <= set(classifier.layers):
         raise DataError(

@@ -121,12 +121,16 @@ class ExampleSet:
         rows = [[e.prompt, e.answer, e.labels, e.group, e.is_held] for e in self.examples]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
-    def check(self, *, is_exclusive: bool) -> None:
+    def check(self, *, is_exclusive: bool, needs_answers: bool = False) -> None:
         """Refuse examples that cannot be learned from.
+
+        Args:
+            is_exclusive: whether each has exactly one label.
+            needs_answers: whether it is the answers that are read.
 
         Raises:
             DataError: too few or too many labels, or another number of them on an example than
-                the kind of classifier has.
+                the kind of classifier has, or no answer to read.
         """
         fewest = 2 if is_exclusive else 1
         if not fewest <= len(self.labels) <= MAX_LABELS:
@@ -135,6 +139,11 @@ class ExampleSet:
                 f"{fewest} to {MAX_LABELS} can be told apart."
             )
         for example in self.examples:
+            if needs_answers and not example.answer:
+                raise DataError(
+                    f"{example.where or self.name} is a prompt without an answer; read its last "
+                    "token: position 'last'."
+                )
             if is_exclusive and len(example.labels) != 1:
                 raise DataError(
                     f"{example.where or self.name} has {len(example.labels)} labels; exactly one "
