@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -51,22 +51,39 @@ def hidden_states(
     Raises:
         DataError: an answer is too short for the index.
     """
-    layers = host.profile.layers
-    result = torch.zeros(len(answers), len(layers), host.profile.ref.hidden_size)
+    n_layers = len(host.profile.layers)
+    result = torch.zeros(len(answers), n_layers, host.profile.ref.hidden_size)
+    for i, states in each_answer(host, answers, layers=range(n_layers), progress=progress):
+        tokens = _tokens(answers[i], position)
+        for layer in range(n_layers):
+            result[i, layer] = states[layer][tokens].float().mean(0).cpu()
+    return result
+
+
+@torch.inference_mode()
+def each_answer(
+    host: SteeredModel,
+    answers: Sequence[Answer],
+    *,
+    layers: Sequence[int],
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[int, dict[int, torch.Tensor]]]:
+    """Yield (number of the answer, layer -> its tokens' states), texts of similar length together.
+
+    States are `[at least its tokens, hidden_size]`, outputs of those decoder layers on the model's
+    device in its dtype, and live until the next step.
+    """
     done = 0
     for group in batches([len(a.ids) for a in answers]):
         rows = [answers[i] for i in group]
-        with captured(layers, range(len(layers))) as states:
+        with captured(host.profile.layers, layers) as states:
             host.model.base_model(input_ids=host.pad([r.ids for r in rows]), use_cache=False)
-        for r, (i, row) in enumerate(zip(group, rows, strict=True)):
-            tokens = _tokens(row, position)
-            for layer in range(len(layers)):
-                result[i, layer] = states[layer][r, tokens].float().mean(0).cpu()
+        for r, i in enumerate(group):
+            yield i, {layer: states[layer][r] for layer in layers}
         states.clear()
         done += len(group)
         if progress is not None:
             progress(done, len(answers))
-    return result
 
 
 def _tokens(answer: Answer, position: Position) -> slice:

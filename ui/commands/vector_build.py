@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trimtab.steering.errors import DataError
-from trimtab.steering.model.default import DEFAULT_MODEL_ID
-from trimtab.ui.commands.vector_files import check_is_free
+from trimtab.ui.commands.artifact_files import VECTOR, check_is_free, model_flag
 from trimtab.ui.help_page import HelpfulCommand
 from trimtab.ui.options import json_option, key_values, loading_options, model_option
 from trimtab.ui.receipt_line import spans
@@ -98,7 +96,7 @@ def build(
 
     # All that can be refused is refused before the model is loaded.
     store = store_of(model)
-    check_is_free(store, name, overwrite=overwrite)
+    check_is_free(VECTOR, store, name, overwrite=overwrite)
     from trimtab.training.vectors import registry
     from trimtab.training.vectors.activations import parse_position
 
@@ -146,7 +144,7 @@ def build(
     at = spans(vector.default_layers)
     say(f"Built {name} from {len(pairs.pairs)} pairs in {seconds:.0f} s; it steers at {at}.")
     say(f"Time spent: {stage.spent()}.")
-    option = "" if model == DEFAULT_MODEL_ID else f" --model {shlex.quote(model)}"
+    option = model_flag(model)
     next_steps(
         f"trimtab vectors show {name}{option}",
         f'trimtab vectors apply {name} -p "How will my first day at work go?"{option}',

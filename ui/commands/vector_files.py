@@ -7,13 +7,12 @@ from pathlib import Path
 
 import click
 
-from trimtab.steering.errors import ArtifactError, NotFoundError
-from trimtab.steering.model.default import DEFAULT_MODEL_ID
+from trimtab.ui.commands.artifact_files import VECTOR, delete_artifact, keep, read_file
 from trimtab.ui.help_page import HelpfulCommand
 from trimtab.ui.options import model_option
 from trimtab.ui.output_file import check_can_write
-from trimtab.ui.stores import model_id, store_of
-from trimtab.ui.terminal import ask_to_confirm, next_steps, say
+from trimtab.ui.stores import store_of
+from trimtab.ui.terminal import next_steps, say
 
 SUFFIXES = (".safetensors", ".gguf")
 
@@ -73,7 +72,7 @@ def export(vector_id: str, file: Path, model: str, overwrite: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace a vector of the same id.")
 def import_(file: Path, vector_id: str | None, model: str | None, overwrite: bool) -> None:
     """Store a vector from a trimtab .safetensors file or a GGUF control vector."""
-    data = _read(file)
+    data = read_file(VECTOR, file)
     store_vector(data, name=file.name, vector_id=vector_id, model=model, overwrite=overwrite)
 
 
@@ -101,21 +100,7 @@ def store_vector(
         vector = from_gguf(data, id=check_id(vector_id or Path(name).stem), name=name)
     else:
         vector = from_bytes(data, name=name)
-    # The id in a file is foreign text: it must not name a place outside the store.
-    vector = vector.renamed(check_id(vector_id or vector.id))
-    named = vector.model.id if vector.model.fingerprint is not None else ""
-    kept_for = model or named or DEFAULT_MODEL_ID
-    if model and named and model_id(model) != named:
-        raise ArtifactError(
-            f"{name} was built for {named!r}, not for {model_id(model)!r}, and would be refused "
-            f"there. Leave --model out to keep it for {named!r}."
-        )
-    store = store_of(kept_for)
-    check_is_free(store, vector.id, overwrite=overwrite)
-    store.put_vector(vector)
-    say(f"Stored {vector.id} for {model_id(kept_for)}: {len(vector.layers)} layers.")
-    option = "" if kept_for == DEFAULT_MODEL_ID else f" --model {shlex.quote(kept_for)}"
-    next_steps(f"trimtab vectors show {vector.id}{option}")
+    keep(VECTOR, vector, name=name, artifact_id=vector_id, model=model, overwrite=overwrite)
 
 
 @click.command(
@@ -128,49 +113,4 @@ def store_vector(
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(vector_id: str, model: str, yes: bool) -> None:
     """Delete a vector, or its file if that cannot be read."""
-    from trimtab.steering.store import check_id
-
-    check_id(vector_id)
-    store = store_of(model)
-    if f"vectors/{vector_id}.safetensors" not in store.problems:
-        store.vector(vector_id)
-    ask_to_confirm(f"Delete the vector {vector_id!r} of {model_id(model)}?", yes=yes)
-    store.delete_vector(vector_id)
-    say(f"Deleted {vector_id}.")
-    next_steps("trimtab vectors list")
-
-
-def check_is_free(store: object, vector_id: str, *, overwrite: bool) -> None:
-    """Refuse an id that is taken, unless it may be replaced.
-
-    Raises:
-        ArtifactError: it is taken, or is no valid id.
-    """
-    from trimtab.steering.store import Store, check_id
-
-    assert isinstance(store, Store)
-    check_id(vector_id)
-    if overwrite:
-        return
-    try:
-        store.vector(vector_id)
-    except NotFoundError:
-        if f"vectors/{vector_id}.safetensors" not in store.problems:
-            return
-    raise ArtifactError(
-        f"There is a vector {vector_id!r} already; replace it with --overwrite, or choose another "
-        "--id."
-    )
-
-
-def _read(file: Path) -> bytes:
-    """Return a file's bytes, never more than an artifact may have."""
-    from trimtab.steering.artifact import MAX_ARTIFACT_BYTES
-
-    if not file.is_file():
-        raise ArtifactError(f"There is no file {str(file)!r}.")
-    with file.open("rb") as opened:
-        data = opened.read(MAX_ARTIFACT_BYTES + 1)
-    if len(data) > MAX_ARTIFACT_BYTES:
-        raise ArtifactError(f"{file.name} is over {MAX_ARTIFACT_BYTES} bytes; no vector is.")
-    return data
+    delete_artifact(VECTOR, vector_id, model=model, yes=yes)

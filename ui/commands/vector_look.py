@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trimtab.ui.client import Client
+from trimtab.ui.commands.artifact_files import VECTOR, model_flag, say_problems
 from trimtab.ui.help_page import HelpfulCommand
 from trimtab.ui.options import json_option, loading_options, model_option
 from trimtab.ui.receipt_line import receipt_line, spans
-from trimtab.ui.stores import all_stores, model_id, store_of
+from trimtab.ui.stores import model_id, store_of
 from trimtab.ui.terminal import next_steps, out, out_json, say, styled, table, wrapped
 
 if TYPE_CHECKING:
@@ -30,22 +31,14 @@ if TYPE_CHECKING:
 @json_option
 def list_(model: str | None, as_json: bool) -> None:
     """List the stored vectors, and the files that cannot be read."""
-    stores = [store_of(model)] if model else all_stores()
-    found = [vector for store in stores for vector in store.vectors()]
-    problems = {
-        str(store.folder / file): problem
-        for store in stores
-        for file, problem in store.problems.items()
-        if file.startswith("vectors/")
-    }
+    found, problems = VECTOR.found(model)
     if as_json:
         out_json({"vectors": [vector.card() for vector in found], "problems": problems})
         return
     if found:
         header = ("vector", "model", "method", "layers", "description")
         out(table(header, [_row(vector) for vector in found]))
-    for file, problem in problems.items():
-        say(f"{styled('Not read:', 'red')} {problem} Remove it: rm {shlex.quote(file)}")
+    say_problems(problems)
     if not found:
         say(f"No vectors {f'for {model_id(model)} ' if model else ''}yet.")
         next_steps("trimtab vectors build --concept optimistic", "trimtab vectors concepts")
@@ -115,10 +108,8 @@ def _short(value: Any) -> str:
 
 
 def _try_it(vector_id: str, model: str) -> str:
-    from trimtab.steering.model.default import DEFAULT_MODEL_ID
-
-    option = "" if model == DEFAULT_MODEL_ID else f" --model {shlex.quote(model)}"
-    return f'trimtab vectors apply {vector_id} -p "How will my first day at work go?"{option}'
+    question = "How will my first day at work go?"
+    return f'trimtab vectors apply {vector_id} -p "{question}"{model_flag(model)}'
 
 
 @click.command(

@@ -1,0 +1,1 @@
+"""Training classifiers of hidden states: what guidance follows, and what probes read."""

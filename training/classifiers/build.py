@@ -1,0 +1,292 @@
+"""From labelled texts to a stored classifier: states, one network a layer, the best layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from trimtab.kernels import Classifier, probabilities, read
+from trimtab.steering.artifact import MAX_ARTIFACT_BYTES
+from trimtab.steering.classifier import ClassifierArtifact
+from trimtab.steering.errors import DataError, listed
+from trimtab.steering.lookup import check_belongs
+from trimtab.training.calibration import Progress
+from trimtab.training.classifiers.examples import ExampleSet, tokens_of
+from trimtab.training.classifiers.fit import Fitted, Kind, Labelled, Recipe, fit_network
+from trimtab.training.classifiers.metrics import measures
+from trimtab.training.classifiers.states import Position, layers_at_once, read_rows, tokens_read
+from trimtab.training.scoring import Answer
+from trimtab.training.steered_model import SteeredModel
+
+_SWEEP = 8
+_FIRST, _LAST = 0.25, 0.95  # of the depth: what was said is read late, but not at the very end
+_TENSORS = (("w_in", "b_in"), ("w_mid", "b_mid"), ("w_out", "b_out"))
+
+
+def build_classifier(
+    host: SteeredModel,
+    data: ExampleSet,
+    *,
+    id: str,
+    layers: Sequence[int] | None = None,
+    keep: Sequence[int] | None = None,
+    kind: Kind = "mlp",
+    is_exclusive: bool = True,
+    hidden: int = 128,
+    position: Position = "last",
+    seed: int = 0,
+    description: str = "",
+    progress: Progress | None = None,
+) -> ClassifierArtifact:
+    """Train a classifier of hidden states.
+
+    One network a layer learns from the rows to fit. The validation rows stop each, calibrate its
+    probabilities and choose the default layer; the held rows are only measured on.
+
+    Args:
+        host: the model.
+        data: labelled texts.
+        id: the classifier's name.
+        layers: 0-based decoder layers to train at; None takes eight from 25 to 95 % of the depth.
+        keep: which of them to keep; None keeps all.
+        kind: `mlp` or `linear`.
+        is_exclusive: one label a text, or any number of them.
+        hidden: units of each hidden layer of an `mlp`.
+        position: which tokens of a text to read.
+        seed: of the split, the weights and the rows' order.
+        description: a sentence for people.
+        progress: told of each stage's steps.
+
+    Raises:
+        DataError: no such layer, texts too few or too long, or a network too large to store.
+
+    Source: K-Steering, arXiv 2505.24535.
+    Differs: layer l is the output of decoder block l when training as when steering; the published
+        code trains on a block's input and steers its output.
+    """
+    n_layers = len(host.profile.layers)
+    swept = sweep(n_layers) if layers is None else _checked(layers, n_layers)
+    kept = swept if keep is None else tuple(sorted(set(keep)))
+    if not kept or not set(kept) <= set(swept):
+        raise DataError(f"Layers to keep, {list(kept)}, are not among those to train, {swept}.")
+    recipe = Recipe(kind=kind, is_exclusive=is_exclusive, hidden=hidden, seed=seed)
+    data.check(is_exclusive=is_exclusive, needs_answers=position != "last")
+    labels = data.labels
+    _check_size(recipe, host.profile.ref.hidden_size, n_labels=len(labels), n_layers=len(kept))
+    split = data.split(seed=seed)
+    answers = _answers(host, data)
+    places = [tokens_read(answer, position) for answer in answers]
+    targets = targets_of(data, labels)
+    trained: dict[int, Fitted] = {}
+    metrics: dict[str, Any] = {}
+
+    def training(done: int, total: int) -> None:
+        if progress is not None:
+            progress("training", len(trained) * total + done, len(swept) * total)
+
+    for layer, states, owner in _each_layer(host, answers, places, swept, progress=progress):
+        fit, validation, held = (
+            Labelled(states[rows], targets[owner[rows]])
+            for rows in (
+                torch.isin(owner, torch.tensor(side)).nonzero()[:, 0]
+                for side in (split.fit, split.validation, split.held)
+            )
+        )
+        fitted = fit_network(fit, validation, recipe, device=host.device, progress=training)
+        trained[layer] = fitted
+        metrics[str(layer)] = {
+            **_measured(fitted, held, labels=labels, is_exclusive=is_exclusive),
+            "validation_loss": round(fitted.validation_loss, 6),
+            "n_epochs": fitted.n_epochs,
+            "calibration": fitted.calibration,
+        }
+    best = min(kept, key=lambda layer: (trained[layer].validation_loss, layer))
+    return ClassifierArtifact(
+        id=id,
+        model=host.profile.ref,
+        layers=kept,
+        labels=labels,
+        is_exclusive=is_exclusive,
+        default_layers=(best,),
+        settings={**asdict(recipe), "position": position},
+        data={
+            "name": data.name,
+            "sha256": data.sha256,
+            "n_fit": len(split.fit),
+            "n_validation": len(split.validation),
+            "n_held": len(split.held),
+            "n_rows": sum(map(len, places)),
+            "counts": data.counts,
+            "skipped": data.skipped,
+        },
+        metrics=metrics,
+        description=description,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        trimtab_version=version("trimtab"),
+        **_stacked([trained[layer] for layer in kept]),  # type: ignore[arg-type]
+    )
+
+
+def measure_classifier(
+    host: SteeredModel,
+    classifier: ClassifierArtifact,
+    data: ExampleSet,
+    *,
+    layers: Sequence[int] | None = None,
+    position: Position | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return measures of a stored classifier on labelled texts, a layer each.
+
+    Texts that are kept for measuring are the only ones used, if there are any: those the data
+    marks as held and, of the very data it was trained on, those that training held.
+
+    Args:
+        host: the model it belongs to.
+        classifier: what to measure.
+        data: texts with labels it knows.
+        layers: of those it has; None takes all.
+        position: which tokens to read; None takes those it was trained on.
+        progress: told of the texts done.
+
+    Returns:
+        layer as text -> `measures`.
+
+    Raises:
+        DataError: a label or layer it does not have, or a text too long.
+        SpecError: it reads another model.
+    """
+    check_belongs(
+        classifier.model, host.profile.ref, name=classifier.id, param=None, what="classifier"
+    )
+    wanted = classifier.layers if layers is None else tuple(sorted(set(layers)))
+    if not set(wanted) <= set(classifier.layers):
+        raise DataError(
+            f"Classifier {classifier.id!r} reads layers {list(classifier.layers)}, "
+            f"not {list(wanted)}."
+        )
+    unknown = set(data.labels) - set(classifier.labels)
+    if unknown:
+        raise DataError(
+            f"{data.name} has labels {listed(unknown)}, which classifier {classifier.id!r} does "
+            f"not know; it knows {listed(classifier.labels)}."
+        )
+    data = _held(data, classifier)
+    for example in data.examples:
+        if classifier.is_exclusive and len(example.labels) != 1:
+            raise DataError(
+                f"{example.where or data.name} has {len(example.labels)} labels; the classifier "
+                f"{classifier.id!r} gives each text one."
+            )
+    if position is None:
+        position = classifier.settings.get("position", "last")
+    answers = _answers(host, data)
+    places = [tokens_read(answer, position) for answer in answers]
+    targets = targets_of(data, classifier.labels)
+    found = {}
+    for layer, states, owner in _each_layer(host, answers, places, wanted, progress=progress):
+        network = classifier.at(layer)
+        found[str(layer)] = measures(
+            probabilities(read(states, network), network),
+            targets[owner],
+            labels=classifier.labels,
+            is_exclusive=classifier.is_exclusive,
+        )
+    return found
+
+
+def sweep(n_layers: int) -> tuple[int, ...]:
+    """Return the layers that are tried when nobody names any."""
+    share = (_LAST - _FIRST) / (_SWEEP - 1)
+    return tuple(sorted({round((_FIRST + share * k) * (n_layers - 1)) for k in range(_SWEEP)}))
+
+
+def targets_of(data: ExampleSet, labels: Sequence[str]) -> torch.Tensor:
+    """Return whether each example has each label, `[n, n_labels]`, float32."""
+    return torch.tensor(
+        [[float(label in example.labels) for label in labels] for example in data.examples]
+    )
+
+
+def _held(data: ExampleSet, classifier: ClassifierArtifact) -> ExampleSet:
+    if data.sha256 == classifier.data.get("sha256"):
+        rows: Sequence[int] = data.split(seed=classifier.settings["seed"]).held
+    else:
+        rows = [i for i, example in enumerate(data.examples) if example.is_held]
+    if not rows:
+        return data
+    return ExampleSet(data.name, tuple(data.examples[i] for i in rows), data.skipped)
+
+
+def _checked(layers: Sequence[int], n_layers: int) -> tuple[int, ...]:
+    wrong = [layer for layer in layers if not 0 <= layer < n_layers]
+    if wrong or not layers:
+        raise DataError(f"There is no layer {wrong}; the model has 0 to {n_layers - 1}.")
+    return tuple(sorted(set(layers)))
+
+
+def _check_size(recipe: Recipe, d: int, *, n_labels: int, n_layers: int) -> None:
+    """Refuse what could not be stored, before it is trained."""
+    first = n_labels if recipe.kind == "linear" else recipe.hidden
+    n_bytes = 4 * n_layers * first * (d + recipe.hidden + n_labels + 3)
+    if n_bytes > MAX_ARTIFACT_BYTES:
+        raise DataError(
+            f"{n_layers} networks of {recipe.hidden} hidden units would take {n_bytes} bytes; a "
+            f"classifier has at most {MAX_ARTIFACT_BYTES}. Train fewer layers or fewer units."
+        )
+
+
+def _answers(host: SteeredModel, data: ExampleSet) -> list[Answer]:
+    longest = host.profile.max_context
+    return [tokens_of(host.tokenizer, example, max_context=longest) for example in data.examples]
+
+
+def _each_layer(
+    host: SteeredModel,
+    answers: Sequence[Answer],
+    places: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    progress: Progress | None,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield (layer, states `[n_rows, d]`, owner `[n_rows]`), as many layers a pass as fit."""
+    at_once = layers_at_once(sum(map(len, places)), len(layers), host.profile.ref.hidden_size)
+    groups = [layers[at : at + at_once] for at in range(0, len(layers), at_once)]
+    n_texts = len(answers)
+    for turn, group in enumerate(groups):
+
+        def reading(done: int, total: int, before: int = turn * n_texts) -> None:
+            if progress is not None:
+                progress("reading hidden states", before + done, len(groups) * n_texts)
+
+        rows = read_rows(host, answers, places, layers=group, progress=reading)
+        for k, layer in enumerate(group):
+            yield layer, rows.states[:, k], rows.owner
+
+
+def _measured(
+    fitted: Fitted, held: Labelled, *, labels: Sequence[str], is_exclusive: bool
+) -> dict[str, Any]:
+    network = Classifier.of(fitted.layers, is_exclusive=is_exclusive)
+    return measures(
+        probabilities(read(held.states, network), network),
+        held.targets,
+        labels=labels,
+        is_exclusive=is_exclusive,
+    )
+
+
+def _stacked(networks: Sequence[Fitted]) -> dict[str, torch.Tensor]:
+    """Return the artifact's tensors from networks of one shape."""
+    n = len(networks[0].layers)
+    names = _TENSORS[:n]
+    return {
+        name: torch.stack([network.layers[i][part] for network in networks])
+        for i, pair in enumerate(names)
+        for part, name in enumerate(pair)
+    }

@@ -1,0 +1,298 @@
+"""Train one layer's network, and fold standardising and calibration into its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.optimize import minimize, minimize_scalar
+from torch.nn import functional
+
+from trimtab.steering.classifier import MAX_WIDTH
+from trimtab.steering.errors import DataError
+
+Kind = Literal["mlp", "linear"]
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
+
+_FLOOR = 0.01  # of the median deviation: an input that never varied would be blown up without it
+_MAX_SCALE = 20.0
+_LOG_SCALE_SPREAD = 0.5  # of the prior: without evidence calibration changes nothing
+_OFFSET_SPREAD = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+        kind: `mlp`, two hidden ReLU layers, or `linear`.
+        is_exclusive: one label a text (cross entropy) or any number of them (binary, each label).
+        hidden: units of each hidden layer; of no effect on a linear one.
+        learning_rate: AdamW's.
+        weight_decay: AdamW's, on weights of standardised inputs.
+        batch: rows a step.
+        max_epochs: at most this many passes over the rows.
+        patience: passes without a better validation loss before it stops.
+        seed: of the weights and of the rows' order.
+
+    Source: K-Steering, arXiv 2505.24535; withmartian/k-steering@4255420 for width and rate.
+    Differs: inputs are standardised, training stops early and probabilities are calibrated; the
+        source trains a fixed number of epochs on raw states.
+    """
+
+    kind: Kind = "mlp"
+    is_exclusive: bool = True
+    hidden: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    batch: int = 64
+    max_epochs: int = 100
+    patience: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("mlp", "linear"):
+            raise DataError(f"Kind {self.kind!r} is not known; use 'mlp' or 'linear'.")
+        if not 1 <= self.hidden <= MAX_WIDTH:
+            raise DataError(f"{self.hidden} hidden units are not allowed; 1 to {MAX_WIDTH} are.")
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Inputs with their labels.
+
+    Attributes:
+        states: `[n, d]`, float32.
+        targets: whether each has each label, `[n, n_labels]`, float32, 0 or 1.
+    """
+
+    states: torch.Tensor
+    targets: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A trained network.
+
+    Attributes:
+        layers: (weight, bias) of its one or three linear layers, float32 on the CPU, reading raw
+            hidden states, with calibrated logits.
+        validation_loss: of the calibrated network, nats a text (exclusive) or a label.
+        n_epochs: passes until the best weights.
+        calibration: `{"temperature"}`, or `{"scale", "offset"}` a label.
+    """
+
+    layers: Layers
+    validation_loss: float
+    n_epochs: int
+    calibration: dict[str, float | list[float]]
+
+
+def fit_network(
+    fit: Labelled,
+    validation: Labelled,
+    recipe: Recipe,
+    *,
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Fitted:
+    """Train on some rows, stop and calibrate on others.
+
+    Args:
+        fit: weights learn from these, and mean and deviation are theirs.
+        validation: rows of other texts.
+        recipe: how.
+        device: where to train.
+        progress: called with epochs done and at most to do.
+    """
+    mean, deviation = standardisation(fit.states)
+    x, held_out = (((rows.states - mean) / deviation).to(device) for rows in (fit, validation))
+    layers, n_epochs = _trained(
+        Labelled(x, fit.targets.to(device)),
+        Labelled(held_out, validation.targets.to(device)),
+        recipe,
+        progress=progress,
+    )
+    with torch.no_grad():
+        logits = forward(layers, held_out).cpu()
+    layers = [(weight.cpu(), bias.cpu()) for weight, bias in layers]
+    scale, offset = calibrated(logits, validation.targets, is_exclusive=recipe.is_exclusive)
+    loss = loss_of(logits * scale + offset, validation.targets, is_exclusive=recipe.is_exclusive)
+    record: dict[str, float | list[float]] = (
+        {"temperature": round(1 / float(scale[0]), 6)}
+        if recipe.is_exclusive
+        else {"scale": _rounded(scale), "offset": _rounded(offset)}
+    )
+    return Fitted(folded(layers, mean, deviation, scale, offset), float(loss), n_epochs, record)
+
+
+def standardisation(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and deviation of each input, `[d]` both, the latter above zero."""
+    deviation, mean = torch.std_mean(states.double(), dim=0, correction=0)
+    floor = (_FLOOR * deviation.median()).clamp_min(1e-12)
+    return mean.float(), deviation.clamp_min(floor).float()
+
+
+def folded(
+    layers: Layers,
+    mean: torch.Tensor,
+    deviation: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+) -> Layers:
+    """Return layers that read raw states and give scaled logits: the same function.
+
+        first:  W (h - mean) / deviation + b  =  (W / deviation) h + (b - W mean / deviation)
+        last:   scale * (W z + b) + offset    =  (scale W) z + (scale b + offset)
+
+    Args:
+        layers: (weight, bias) of each.
+        mean, deviation: of the inputs, `[d]`.
+        scale, offset: of the logits, `[n_labels]`.
+    """
+    wide = [(weight.double(), bias.double()) for weight, bias in layers]
+    weight, bias = wide[0]
+    weight = weight / deviation.double()
+    wide[0] = weight, bias - weight @ mean.double()
+    weight, bias = wide[-1]
+    wide[-1] = weight * scale.double().unsqueeze(1), bias * scale.double() + offset.double()
+    return [(weight.float(), bias.float()) for weight, bias in wide]
+
+
+def forward(layers: Layers, states: torch.Tensor) -> torch.Tensor:
+    """Return logits, `[n, n_labels]`."""
+    for weight, bias in layers[:-1]:
+        states = torch.addmm(bias, states, weight.T).relu()
+    return torch.addmm(layers[-1][1], states, layers[-1][0].T)
+
+
+def loss_of(logits: torch.Tensor, targets: torch.Tensor, *, is_exclusive: bool) -> torch.Tensor:
+    """Return the mean loss, nats a row (exclusive) or a row's label."""
+    if is_exclusive:
+        return functional.cross_entropy(logits, targets.argmax(1))
+    return functional.binary_cross_entropy_with_logits(logits, targets)
+
+
+def _trained(
+    fit: Labelled,
+    validation: Labelled,
+    recipe: Recipe,
+    *,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Layers, int]:
+    """Return the weights with the lowest validation loss, and the epochs they took."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    d, n_labels = fit.states.shape[1], fit.targets.shape[1]
+    widths = [d, n_labels] if recipe.kind == "linear" else [d, *[recipe.hidden] * 2, n_labels]
+    device = fit.states.device
+    layers: Layers = []
+    for before, after in pairwise(widths):
+        weight, bias = _drawn(before, after, generator)
+        layers.append((weight.to(device).requires_grad_(), bias.to(device).requires_grad_()))
+    optimizer = torch.optim.AdamW(
+        [part for layer in layers for part in layer],
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+    )
+    lowest, best, best_epoch = float("inf"), layers, 0
+    for epoch in range(1, recipe.max_epochs + 1):
+        for rows in torch.randperm(len(fit.states), generator=generator).split(recipe.batch):
+            picked = rows.to(device)
+            logits = forward(layers, fit.states[picked])
+            loss = loss_of(logits, fit.targets[picked], is_exclusive=recipe.is_exclusive)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            logits = forward(layers, validation.states)
+            now = float(loss_of(logits, validation.targets, is_exclusive=recipe.is_exclusive))
+        if now < lowest:
+            lowest, best_epoch = now, epoch
+            best = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in layers]
+        if progress is not None:
+            progress(epoch, recipe.max_epochs)
+        if epoch - best_epoch >= recipe.patience:
+            break
+    if best_epoch == 0:
+        raise DataError("Training diverged: the validation loss is not a number at any epoch.")
+    return best, best_epoch
+
+
+def _drawn(
+    before: int, after: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a linear layer as torch would draw it, from a generator of its own."""
+    reach = before**-0.5
+    weight = torch.empty(after, before).uniform_(-reach, reach, generator=generator)
+    return weight, torch.empty(after).uniform_(-reach, reach, generator=generator)
+
+
+def calibrated(
+    logits: torch.Tensor, targets: torch.Tensor, *, is_exclusive: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and offset of logits under which probabilities fit the targets best.
+
+    One scale and no offset if labels exclude one another (temperature scaling), a scale and an
+    offset a label otherwise (Platt scaling). A prior holds them at 1 and 0, so that a few rows, or
+    rows told apart without a mistake, do not ask for infinite logits.
+
+    Args:
+        logits: of rows that were not trained on, `[n, n_labels]`.
+        targets: the same shape, 0 or 1.
+        is_exclusive: whether labels exclude one another.
+
+    Returns:
+        (scale, offset), `[n_labels]` each; 1 and 0 for a label that all or none of the rows have.
+
+    Source: temperature, arXiv 1706.04599; scale and offset, Platt 1999.
+    Differs: the prior. Platt smooths targets by a row a label instead; on clouds of points with
+        300 rows to calibrate on, that raised a good network's error from 0.010 to 0.035.
+    """
+    n_labels = logits.shape[1]
+    scale, offset = torch.ones(n_labels), torch.zeros(n_labels)
+    x, y = logits.double().numpy(), targets.double().numpy()
+    if is_exclusive:
+        scale[:] = _temperature_scale(x, y)
+        return scale, offset
+    for label in range(n_labels):
+        if 0 < y[:, label].sum() < len(y):
+            scale[label], offset[label] = _platt(x[:, label], y[:, label])
+    return scale, offset
+
+
+def _temperature_scale(logits: np.ndarray, targets: np.ndarray) -> float:
+    def loss(log_scale: float) -> float:
+        scaled = logits * np.exp(log_scale)
+        top = scaled.max(1, keepdims=True)
+        norm = top[:, 0] + np.log(np.exp(scaled - top).sum(1))
+        misfit = float((norm - (targets * scaled).sum(1)).sum())
+        return misfit + (log_scale / _LOG_SCALE_SPREAD) ** 2 / 2
+
+    farthest = float(np.log(_MAX_SCALE))
+    found = minimize_scalar(loss, bounds=(-farthest, farthest), method="bounded")
+    return float(np.exp(found.x))
+
+
+def _platt(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
+    spread = np.array([_LOG_SCALE_SPREAD, _OFFSET_SPREAD])
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        scale = np.exp(parameters[0])
+        z = scale * logits + parameters[1]
+        wrong = 1 / (1 + np.exp(-np.clip(z, -700, 700))) - targets
+        slopes = np.array([(wrong * logits).sum() * scale, wrong.sum()]) + parameters / spread**2
+        misfit = float((np.logaddexp(0, z) - targets * z).sum())
+        return misfit + float(((parameters / spread) ** 2).sum()) / 2, slopes
+
+    farthest = float(np.log(_MAX_SCALE))
+    limits = [(-farthest, farthest), (None, None)]
+    found = minimize(loss, np.zeros(2), jac=True, bounds=limits, method="L-BFGS-B")
+    return float(np.exp(found.x[0])), float(found.x[1])
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [round(float(x), 6) for x in values]

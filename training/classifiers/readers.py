@@ -1,0 +1,218 @@
+"""Files that examples are read from: labelled texts, instructions with questions, a log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trimtab.steering.errors import DataError
+from trimtab.training.classifiers.examples import MAX_EXAMPLES, Chat, Example, ExampleSet
+
+MAX_CHARACTERS = 20_000
+MAX_LINES = 1_000_000
+MAX_FILE_BYTES = 512 * 2**20
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def read_texts(path: Path) -> ExampleSet:
+    """Read labelled texts from JSON lines.
+
+    A line is `{"text", "label"}` or `{"text", "labels": [...]}`, with an optional `prompt` the
+    text answers and an optional `split`, "build" or "held". Answers to one prompt are a group.
+
+    Raises:
+        DataError: the file cannot be read, or a line is at fault (named).
+    """
+    examples = []
+    for where, row in _rows(path):
+        text, prompt = _text(row, "text", where=where), _text(row, "prompt", where=where, least=0)
+        split = row.get("split")
+        if split not in (None, "build", "held"):
+            raise DataError(f"{where}: split is {split!r}; expected 'build' or 'held'.")
+        examples.append(
+            Example(
+                prompt=(("user", prompt),) if prompt else "",
+                answer=text,
+                labels=_labels(row, where=where),
+                group=prompt or text,
+                is_held=None if split is None else split == "held",
+                where=where,
+            )
+        )
+    return _set(path.name, examples)
+
+
+def read_instructions(instructions: Path, questions: Path) -> ExampleSet:
+    """Read every instruction with every question: a prompt each, labelled by the instruction.
+
+    Args:
+        instructions: JSON `{label: instruction}`.
+        questions: JSON lines with a `text`; a question is a group.
+
+    Raises:
+        DataError: a file cannot be read, or is at fault at a named place.
+    """
+    try:
+        styles = json.loads(_read(instructions))
+    except ValueError as error:
+        raise DataError(f"{instructions.name} is not valid JSON: {error}.") from None
+    if not isinstance(styles, dict) or not styles:
+        raise DataError(f'{instructions.name} must be an object {{"label": "instruction"}}.')
+    wanted = {label: _text(styles, label, where=instructions.name) for label in styles}
+    examples = []
+    for where, row in _rows(questions):
+        question = _text(row, "text", where=where)
+        examples += [
+            Example(
+                prompt=(("user", f"{instruction}\n{question}"),),
+                answer="",
+                labels=(label,),
+                group=question,
+                where=where,
+            )
+            for label, instruction in wanted.items()
+        ]
+        if len(examples) > MAX_EXAMPLES:
+            raise DataError(
+                f"{questions.name} and {instructions.name} make more than {MAX_EXAMPLES} examples; "
+                "give fewer questions."
+            )
+    return _set(f"{instructions.name} x {questions.name}", examples)
+
+
+def read_log(path: Path, *, label_from: str) -> ExampleSet:
+    """Read a server's generation log, labelled by a field of it.
+
+    A line has `messages` or `prompt`, `text` (the answer) and whatever `label_from` names. Rows
+    without a label, or without an answer, are counted in `skipped`. A conversation is a group.
+
+    Args:
+        path: JSON lines.
+        label_from: dotted path to the label, such as `metadata.tone`: a text, a number, a truth
+            value or a list of texts.
+
+    Raises:
+        DataError: the file cannot be read, a line is at fault (named), or no row has a label.
+    """
+    keys = label_from.split(".")
+    if not all(keys):
+        raise DataError(f"{label_from!r} is no path to a label; expected one like metadata.tone.")
+    examples: list[Example] = []
+    skipped: dict[str, int] = {}
+    seen: set[str] = set()
+    for where, row in _rows(path):
+        found = _at(row, keys)
+        reason = None
+        if found is None or found == "":
+            reason = f"no {label_from}"
+            metadata = row.get("metadata")
+            seen |= set(metadata) if isinstance(metadata, dict) else set()
+        elif not row.get("text"):
+            reason = "no answer"
+        if reason:
+            skipped[reason] = skipped.get(reason, 0) + 1
+            continue
+        prompt = _prompt(row, where=where)
+        examples.append(
+            Example(
+                prompt=prompt,
+                answer=_text(row, "text", where=where),
+                labels=_logged_labels(found, label_from, where=where),
+                group=prompt if isinstance(prompt, str) else json.dumps(prompt),
+                where=where,
+            )
+        )
+    if not examples and skipped:
+        there = f" Its rows' metadata has: {', '.join(sorted(seen)[:12])}." if seen else ""
+        raise DataError(f"{path.name} has no row with a {label_from} and an answer.{there}")
+    return _set(path.name, examples, skipped)
+
+
+def _set(name: str, examples: list[Example], skipped: dict[str, int] | None = None) -> ExampleSet:
+    if not examples:
+        raise DataError(f"{name} has no examples.")
+    return ExampleSet(name, tuple(examples), skipped or {})
+
+
+def _read(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise DataError(f"{path} is not a file.")
+        if size > MAX_FILE_BYTES:
+            raise DataError(f"{path} has {size} bytes; at most {MAX_FILE_BYTES} are read.")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from None
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file:line, object) of every line that is not empty."""
+    # By newlines alone: JSON may hold the other line ends that splitlines() knows.
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path.name}:{number}"
+        if number > MAX_LINES:
+            raise DataError(f"{path.name} has more than {MAX_LINES} lines.")
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not valid JSON: {error}.") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where} is not an object.")
+        yield where, row
+
+
+def _text(row: dict[str, Any], key: str, *, where: str, least: int = 1) -> str:
+    value = row.get(key, "" if least == 0 else None)
+    if not isinstance(value, str) or (least and not value.strip()):
+        raise DataError(f"{where} has no text under {key!r}.")
+    if len(value) > MAX_CHARACTERS:
+        raise DataError(f"{where}: {key!r} has {len(value)} characters, over {MAX_CHARACTERS}.")
+    return value
+
+
+def _labels(row: dict[str, Any], *, where: str) -> tuple[str, ...]:
+    if ("label" in row) == ("labels" in row):
+        raise DataError(f"{where} needs either a 'label' or a list of 'labels'.")
+    given = row["labels"] if "labels" in row else [row["label"]]
+    if not isinstance(given, list) or not all(isinstance(label, str) for label in given):
+        raise DataError(f"{where}: a label is a text, `labels` a list of them.")
+    return tuple(given)
+
+
+def _logged_labels(value: Any, label_from: str, *, where: str) -> tuple[str, ...]:
+    given = value if isinstance(value, list) else [value]
+    if not all(isinstance(label, str | int | float) for label in given):
+        raise DataError(f"{where}: {label_from} is {str(value)[:60]!r}, not a label or a list.")
+    return tuple(str(x).lower() if isinstance(x, bool) else str(x) for x in given)
+
+
+def _at(row: Any, keys: list[str]) -> Any:
+    for key in keys:
+        row = row.get(key) if isinstance(row, dict) else None
+    return row
+
+
+def _prompt(row: dict[str, Any], *, where: str) -> str | Chat:
+    if row.get("messages") is None:
+        return _text(row, "prompt", where=where)
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: messages is not a list of messages.")
+    chat = []
+    for message in messages:
+        role, content = (
+            (message.get("role"), message.get("content"))
+            if isinstance(message, dict)
+            else (None, None)
+        )
+        if role not in _ROLES or not isinstance(content, str):
+            raise DataError(f'{where}: a message is {{"role", "content"}} with texts.')
+        if len(content) > MAX_CHARACTERS:
+            raise DataError(f"{where}: a message has over {MAX_CHARACTERS} characters.")
+        chat.append(("system" if role == "developer" else role, content))
+    return tuple(chat)
