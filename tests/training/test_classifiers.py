@@ -346,7 +346,7 @@ def test_prompts_alone_are_read_where_the_answer_would_begin(host):
     ]
     made = build_classifier(host, ExampleSet("styles", tuple(rows)), id="styles", hidden=32)
     assert made.metrics[str(made.default_layers[0])]["accuracy"] > 0.8
-    with pytest.raises(DataError, match="use 'last'"):
+    with pytest.raises(DataError, match="prompt without an answer"):
         build_classifier(host, ExampleSet("styles", tuple(rows)), id="x", position="answer")
 
 

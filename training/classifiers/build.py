@@ -164,25 +164,9 @@ def measure_classifier(
     check_belongs(
         classifier.model, host.profile.ref, name=classifier.id, param=None, what="classifier"
     )
+    check_fits(classifier, data, layers=layers)
     wanted = classifier.layers if layers is None else tuple(sorted(set(layers)))
-    if not set(wanted) <= set(classifier.layers):
-        raise DataError(
-            f"Classifier {classifier.id!r} reads layers {list(classifier.layers)}, "
-            f"not {list(wanted)}."
-        )
-    unknown = set(data.labels) - set(classifier.labels)
-    if unknown:
-        raise DataError(
-            f"{data.name} has labels {listed(unknown)}, which classifier {classifier.id!r} does "
-            f"not know; it knows {listed(classifier.labels)}."
-        )
     data = _held(data, classifier)
-    for example in data.examples:
-        if classifier.is_exclusive and len(example.labels) != 1:
-            raise DataError(
-                f"{example.where or data.name} has {len(example.labels)} labels; the classifier "
-                f"{classifier.id!r} gives each text one."
-            )
     if position is None:
         position = classifier.settings.get("position", "last")
     answers = _answers(host, data)
@@ -198,6 +182,33 @@ def measure_classifier(
             is_exclusive=classifier.is_exclusive,
         )
     return found
+
+
+def check_fits(
+    classifier: ClassifierArtifact, data: ExampleSet, *, layers: Sequence[int] | None = None
+) -> None:
+    """Refuse texts, or layers, that a classifier cannot be measured on.
+
+    Raises:
+        DataError: a label or layer it does not have, or another number of labels on a text.
+    """
+    if layers is not None and not (layers and set(layers) <= set(classifier.layers)):
+        raise DataError(
+            f"Classifier {classifier.id!r} reads layers {list(classifier.layers)}, "
+            f"not {list(layers)}."
+        )
+    unknown = set(data.labels) - set(classifier.labels)
+    if unknown:
+        raise DataError(
+            f"{data.name} has labels {listed(unknown)}, which classifier {classifier.id!r} does "
+            f"not know; it knows {listed(classifier.labels)}."
+        )
+    for example in data.examples:
+        if classifier.is_exclusive and len(example.labels) != 1:
+            raise DataError(
+                f"{example.where or data.name} has {len(example.labels)} labels; the classifier "
+                f"{classifier.id!r} gives each text one."
+            )
 
 
 def sweep(n_layers: int) -> tuple[int, ...]:
