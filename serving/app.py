@@ -20,6 +20,7 @@ from trimtab.serving.request_context import RequestContext
 from trimtab.serving.routes import (
     attributions,
     chat,
+    classifiers,
     completions,
     methods,
     models,
@@ -50,7 +51,7 @@ def create_app(
 
     Args:
         engine: not yet started.
-        store: the served model's vectors and presets.
+        store: the served model's vectors, classifiers and presets.
         settings: names, keys, limits.
         on_ready: called once requests can be answered.
         on_failed: called with the error if the engine cannot start; the app keeps answering 503
@@ -88,7 +89,9 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.server = server
-    for route in (chat, completions, attributions, models, methods, vectors, presets, service):
+    for route in (chat, completions, attributions, models, methods):
+        app.include_router(route.router)
+    for route in (vectors, classifiers, presets, service):
         app.include_router(route.router)
     install_error_handlers(app)
     install_openapi(app, server)

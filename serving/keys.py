@@ -47,7 +47,7 @@ def is_known(key: str, keys: tuple[str, ...]) -> bool:
 
 
 def require_admin(request: Request) -> None:
-    """Route dependency: refuse those who may not change vectors and presets.
+    """Route dependency: refuse those who may not change vectors, classifiers and presets.
 
     Raises:
         RequestError: 403, saying how to set or use an admin key.
@@ -61,7 +61,7 @@ def require_admin(request: Request) -> None:
         else "start the server with --admin-key (or TRIMTAB_ADMIN_KEYS) and send that key"
     )
     raise RequestError(
-        f"Changing vectors and presets needs an admin key: {mend}.",
+        f"Changing vectors, classifiers and presets needs an admin key: {mend}.",
         status=403,
         code="admin_key_required",
     )

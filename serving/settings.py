@@ -22,7 +22,9 @@ class ServerSettings(BaseModel):
     # Out of the repr, so that no log of the settings holds a key.
     api_keys: tuple[Key, ...] = Field((), repr=False, description="Bearer keys that may use /v1")
     admin_keys: tuple[Key, ...] = Field(
-        (), repr=False, description="Bearer keys that may also change vectors and presets"
+        (),
+        repr=False,
+        description="Bearer keys that may also change vectors, classifiers and presets",
     )
     max_dose: float | None = Field(
         1.0,

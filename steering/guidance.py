@@ -51,14 +51,13 @@ class Guidance:
             DoseError: no calibrated dose is known here and the term does not say `over_dose`.
         """
         for kind in ("target", "avoid"):
-            named = getattr(term, kind)
-            for i, label in enumerate(named if isinstance(named, list) else ()):
+            for i, label in enumerate(getattr(term, kind)):
                 param = f"{path}.{kind}[{i}]"
                 label_number(artifact.labels, label, name=artifact.id, param=param)
         safe = artifact.safe_dose(
             tuple(term.target),
-            _named(term),
-            picks_rival=term.avoid == "rival",
+            tuple(term.avoid),
+            picks_rival=term.avoid_rival,
             is_reflection=term.reflect,
         )
         if safe is not None and not set(layers) <= set(artifact.default_layers):
@@ -121,11 +120,11 @@ class Guidance:
         return Guide(
             reader=reader_at(self.artifact, layer),
             toward=tuple(sorted(labels.index(label) for label in term.target)),
-            away=tuple(sorted(labels.index(label) for label in _named(term))),
+            away=tuple(sorted(labels.index(label) for label in term.avoid)),
             sizes=tuple(whole * weight / sum(weights) for weight in weights),
             loss=term.loss,
             step="reflect" if term.reflect else "unit",
-            picks_rival=term.avoid == "rival",
+            picks_rival=term.avoid_rival,
             until=term.until,
             keeps_norm=term.normalize,
         )
@@ -137,7 +136,8 @@ class Guidance:
             "kind": "reflection" if term.reflect else "guidance",
             "id": self.artifact.id,
             "target": list(term.target),
-            "avoid": term.avoid if isinstance(term.avoid, str) else list(term.avoid),
+            "avoid": list(term.avoid),
+            "avoid_rival": term.avoid_rival,
             "scale": round(self.share_of_safe, 6) if self.safe is not None else None,
             "layers": list(self.layers),
             "digest": self.artifact.digest[:16],
@@ -153,7 +153,3 @@ class Guidance:
         if term.over_dose:
             entry["over_dose"] = True
         return entry
-
-
-def _named(term: GuidanceTerm) -> tuple[str, ...]:
-    return () if isinstance(term.avoid, str) else tuple(term.avoid)

@@ -35,6 +35,7 @@ ProbeName = Annotated[
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 Labels = Annotated[list[Label], Field(max_length=MAX_GUIDANCE_LABELS)]
 Scale = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
 Layers = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1, max_length=512)]
 Count = Annotated[int, Field(ge=0, le=1_000_000, strict=True)]
 
@@ -119,52 +120,52 @@ class GuidanceTerm(_Term):
 
     classifier: ArtifactId
     target: Labels = Field([], description="Labels to steer toward")
-    avoid: Labels | Literal["rival"] = Field(
-        [],
-        description="Labels to steer away from; `rival` is the likeliest label outside `target`, "
-        "found anew at every token and step",
+    avoid: Labels = Field([], description="Labels to steer away from")
+    avoid_rival: Flag = Field(
+        False,
+        description="Steer away from the likeliest label outside `target` as well, found anew at "
+        "every token and step",
     )
     scale: Scale = Field(1.0, description="Times the dose calibrated for these labels")
-    dose: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+    dose: Annotated[Scale, Field(ge=0)] | None = Field(
         None,
         description="In place of `scale`: the steps' summed length relative to the layer's |h|",
     )
-    over_dose: bool = Field(
+    over_dose: Flag = Field(
         False, description="Allow more than the calibrated dose, or one that was never calibrated"
     )
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] = Field(
         1, description="Gradient steps that share the dose"
     )
-    decay: Annotated[float, Field(gt=0, le=2)] = Field(
+    decay: Annotated[Scale, Field(gt=0, le=2)] = Field(
         1.0, description="Length of a step relative to the one before"
     )
     loss: Literal["logits", "softmax", "sigmoid"] = Field(
         "logits", description="Mean logits, or mean log-probabilities of that kind"
     )
-    until: Annotated[float, Field(ge=0.5, lt=1)] | None = Field(
+    until: Annotated[Scale, Field(ge=0.5, lt=1)] | None = Field(
         None, description="No further step where the target is at least this likely"
     )
-    reflect: bool = Field(
+    reflect: Flag = Field(
         False, description="Turn the avoided labels' gradient component around; needs no target"
     )
-    normalize: bool = Field(False, description="Keep the hidden state's norm")
+    normalize: Flag = Field(False, description="Keep the hidden state's norm")
     layers: Layers | None = Field(None, description="0-based layers; null takes the classifier's")
     apply: Apply = Apply()
     when: When | None = None
 
     @model_validator(mode="after")
     def _says_where_to(self) -> GuidanceTerm:
-        if not self.target and not self.avoid:
+        if not self.named and not self.avoid_rival:
             raise ValueError("name at least one label in `target` or `avoid`")
         if self.dose is not None and "scale" in self.model_fields_set:
             raise ValueError("`scale` and `dose` are two ways to say the same; give one of them")
         if self.scale < 0:
             raise ValueError("`scale` is negative; swap `target` and `avoid` instead")
-        if self.reflect and (self.target or not self.avoid):
+        if self.reflect and self.target:
             raise ValueError("`reflect` turns avoided labels around and takes no `target`")
-        both = set(self.target) & set(self.avoid) if isinstance(self.avoid, list) else set()
-        if both:
-            raise ValueError(f"{sorted(both)[0]!r} is both in `target` and in `avoid`")
+        if both := sorted(set(self.target) & set(self.avoid)):
+            raise ValueError(f"{both[0]!r} is both in `target` and in `avoid`")
         if len(set(self.named)) != len(self.named):
             raise ValueError("a label is named twice")
         return self
@@ -172,7 +173,7 @@ class GuidanceTerm(_Term):
     @property
     def named(self) -> list[str]:
         """Every label the request names."""
-        return self.target + (self.avoid if isinstance(self.avoid, list) else [])
+        return self.target + self.avoid
 
 
 class SteeringSpec(_Strict):

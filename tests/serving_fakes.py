@@ -25,6 +25,7 @@ from trimtab.serving.engines.base import (
     TokenLogprobs,
 )
 from trimtab.steering.artifact import ModelRef
+from trimtab.steering.plan import ProbeRow
 from trimtab.steering.vector import VectorArtifact
 
 WIDTH, LAYERS, CONTEXT = 32, 2, 256
@@ -179,6 +180,7 @@ class FakeEngine:
                 token_ids=(token,),
                 logprobs=() if s.logprobs is None else (fake_logprobs(token, s.logprobs),),
                 prompt_logprobs=prompt if step == 0 else None,
+                probes=(fake_readings(request),) if request.probes else (),
                 finish_reason=reason,
                 stop_reason=why,
                 steering=self.receipt(request, step + 1) if reason else None,
@@ -228,3 +230,8 @@ def toy_vector(
         default_layers=layers[-1:],
         method="caa",
     )
+
+
+def fake_readings(request: Request) -> ProbeRow:
+    """The same probability for every label."""
+    return tuple((0.5,) * len(reader.labels) for reader in request.probes)

@@ -123,7 +123,7 @@ def _logprobs(
 
 @dataclass(frozen=True)
 class Generation:
-    """A greedy continuation: its tokens and the mean entropy of the choices, in nats."""
+    """A continuation: its tokens and the mean entropy of the choices, in nats."""
 
     ids: tuple[int, ...]
     entropy: float
@@ -136,9 +136,10 @@ def generate(
     n_tokens: int,
     *,
     plan: Plan | None = None,
+    chance: torch.Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
-    """Continue each prompt greedily by at most `n_tokens`.
+    """Continue each prompt by at most `n_tokens`, greedily unless given `chance`.
 
     Prompts of one length go together. Nothing is padded, so a batch is right for any architecture.
 
@@ -147,18 +148,25 @@ def generate(
         prompts: tokens of each, none empty.
         n_tokens: at most this many new ones, the end mark included.
         plan: acts on prompt and continuation.
+        chance: samples at temperature 1, from a CPU generator.
         progress: called with prompts done and in all.
     """
     results: list[Generation | None] = [None] * len(prompts)
     done = 0
     for group in _of_one_length(prompts):
         rows = [prompts[i] for i in group]
-        for i, generation in zip(group, _continue(host, rows, n_tokens, plan), strict=True):
+        for i, generation in zip(group, _continue(host, rows, n_tokens, plan, chance), strict=True):
             results[i] = generation
         done += len(group)
         if progress is not None:
             progress(done, len(prompts))
     return [generation for generation in results if generation is not None]
+
+
+def end_tokens(host: SteeredModel) -> frozenset[int]:
+    """Return the tokens that end the model's answers."""
+    ends = getattr(host.model.generation_config, "eos_token_id", None)
+    return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
 def _of_one_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -173,10 +181,13 @@ def _of_one_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _continue(
-    host: SteeredModel, prompts: Sequence[Sequence[int]], n_tokens: int, plan: Plan | None
+    host: SteeredModel,
+    prompts: Sequence[Sequence[int]],
+    n_tokens: int,
+    plan: Plan | None,
+    chance: torch.Generator | None,
 ) -> list[Generation]:
-    ends = getattr(host.model.generation_config, "eos_token_id", None)
-    end_ids = {ends} if isinstance(ends, int) else set(ends or ())
+    end_ids = end_tokens(host)
     n_rows, n_prompt = len(prompts), len(prompts[0])
     new: list[list[int]] = [[] for _ in prompts]
     entropies: list[list[float]] = [[] for _ in prompts]
@@ -192,7 +203,10 @@ def _continue(
         assert cache  # without one the next step would see a single token
         logprobs = output.logits[:, -1].float().log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        ids = logprobs.argmax(-1, keepdim=True)
+        if chance is None:
+            ids = logprobs.argmax(-1, keepdim=True)
+        else:
+            ids = torch.multinomial(logprobs.exp().cpu(), 1, generator=chance).to(host.device)
         for r in range(n_rows):
             if is_open[r]:
                 new[r].append(int(ids[r, 0]))

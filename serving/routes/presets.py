@@ -9,6 +9,7 @@ from fastapi import Request as HttpRequest
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
+from trimtab.serving.artifact_files import ArtifactId, problems_in
 from trimtab.serving.body import read_json, read_object
 from trimtab.serving.errors import RequestError
 from trimtab.serving.keys import require_admin
@@ -17,7 +18,6 @@ from trimtab.serving.openai.openai_list import deleted_response, list_response
 from trimtab.serving.openai.unsupported import refuse_unknown
 from trimtab.serving.openapi import json_body
 from trimtab.serving.request_plan import compile_spec, read_spec, request_plan
-from trimtab.serving.routes.vectors import VectorId
 from trimtab.serving.state import Server, ServerState
 from trimtab.steering.plan import Plan
 from trimtab.steering.spec import SteeringSpec
@@ -37,13 +37,14 @@ _CHECK_EXAMPLES = {"check": {"value": {"model": "MODEL", "steering": _SPEC}}}
 
 @router.get("/presets", response_model=None)
 async def list_presets(server: Server) -> Response:
-    """List all presets; each is also a model name."""
+    """List all presets, each also a model name, and the files that could not be read."""
     presets = await run_in_threadpool(server.store.presets)
-    return list_response([_preset(server, name, spec) for name, spec in presets.items()])
+    listed = [_preset(server, name, spec) for name, spec in presets.items()]
+    return list_response(listed, problems=problems_in(server.store, "presets"))
 
 
 @router.get("/presets/{name}", response_model=None)
-async def get_preset(name: VectorId, server: Server) -> Response:
+async def get_preset(name: ArtifactId, server: Server) -> Response:
     """Return one preset."""
     spec = await run_in_threadpool(server.store.preset, name, param="id")
     return JSONResponse(_preset(server, name, spec))
@@ -55,7 +56,7 @@ async def get_preset(name: VectorId, server: Server) -> Response:
     openapi_extra=json_body(STEERING_SCHEMA, examples=_SPEC_EXAMPLES),
     dependencies=[Depends(require_admin)],
 )
-async def put_preset(name: VectorId, server: Server, http: HttpRequest) -> Response:
+async def put_preset(name: ArtifactId, server: Server, http: HttpRequest) -> Response:
     """Save a spec under a name, after compiling it once: what cannot run is not saved."""
     _ = server.info  # nothing to check it against while the model loads
     body = await read_json(http, limit=server.settings.max_body_bytes)
@@ -67,7 +68,7 @@ async def put_preset(name: VectorId, server: Server, http: HttpRequest) -> Respo
 
 
 @router.delete("/presets/{name}", response_model=None, dependencies=[Depends(require_admin)])
-async def delete_preset(name: VectorId, server: Server) -> Response:
+async def delete_preset(name: ArtifactId, server: Server) -> Response:
     """Remove a preset and its model name. Requests that run are not touched."""
     await run_in_threadpool(server.store.delete_preset, name)
     return deleted_response(name, kind=KIND)

@@ -15,6 +15,7 @@ import pytest
 from running_server import NAME, Served, running
 from serving_fakes import FakeEngine, model_ref, toy_vector
 from toy_chat import toy_chat
+from toy_classifier import toy_classifier
 
 from trimtab.serving.engines.transformers.engine import TransformersEngine
 from trimtab.serving.settings import ServerSettings
@@ -55,7 +56,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
 
 def filled(store: Store, ref: ModelRef, *, size: float = 0.5) -> None:
-    """Store what the tests ask for: two vectors of some length, and one that is too strong."""
+    """Store what the tests ask for: two vectors, one that is too strong, and a classifier."""
+    store.put_classifier(toy_classifier(ref))
     store.put_vector(toy_vector("kind", ref=ref, size=size, seed=1))
     store.put_vector(toy_vector("formal", ref=ref, size=size / 2, seed=2))
     store.put_vector(toy_vector("huge", ref=ref, size=100 * size, seed=3))

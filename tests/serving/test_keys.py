@@ -66,6 +66,8 @@ def test_openais_client_meets_its_own_error(guarded):
 CHANGES = [
     ("PUT", "/v1/steering/vectors/new"),
     ("DELETE", "/v1/steering/vectors/kind"),
+    ("PUT", "/v1/steering/classifiers/new"),
+    ("DELETE", "/v1/steering/classifiers/kind"),
     ("PUT", "/v1/steering/presets/new"),
     ("DELETE", "/v1/steering/presets/new"),
 ]

@@ -26,6 +26,13 @@ def term(**more: Any) -> dict[str, Any]:
     return {"vectors": [VECTOR | more]}
 
 
+GUIDED = {"classifier": "tone", "target": ["expert"]}
+
+
+def guided(**more: Any) -> dict[str, Any]:
+    return {"guidance": [GUIDED | more]}
+
+
 STEERING = [
     ({"vectors": [{"id": "knid"}]}, "steering.vectors[0].id", 404),
     ({"vectors": [VECTOR, {"id": "nope"}]}, "steering.vectors[1].id", 404),
@@ -52,7 +59,37 @@ STEERING = [
     ({"vectors": [VECTOR] * 10_000}, "steering.vectors", 400),
     ({"vectors": {}}, "steering.vectors", 400),
     ({"vectors": [7]}, "steering.vectors[0]", 400),
-    ({"guidance": []}, "steering.guidance", 400),
+    ({"guide": []}, "steering.guide", 400),
+    ({"guidance": []}, "steering", 400),
+    (guided(classifier="tune"), "steering.guidance[0].classifier", 404),
+    (guided(classifier="kind"), "steering.guidance[0].classifier", 404),
+    (guided(target=["expert", "casul"]), "steering.guidance[0].target[1]", 400),
+    (guided(avoid=["nobody"]), "steering.guidance[0].avoid[0]", 400),
+    (guided(avoid="expert"), "steering.guidance[0].avoid", 400),
+    (guided(avoid_rival="yes"), "steering.guidance[0].avoid_rival", 400),
+    (guided(target=["expert"], avoid=["expert"]), "steering.guidance[0]", 400),
+    (guided(target=["expert", "expert"]), "steering.guidance[0]", 400),
+    (guided(target=[]), "steering.guidance[0]", 400),
+    (guided(target=["x" * 65]), "steering.guidance[0].target[0]", 400),
+    (guided(target=["expert"] * 17), "steering.guidance[0].target", 400),
+    (guided(scale=-1), "steering.guidance[0]", 400),
+    (guided(scale=1.1), "steering.guidance[0].scale", 400),
+    (guided(dose=0.3), "steering.guidance[0].dose", 400),
+    (guided(dose=9.0, over_dose=True), "steering.guidance[0].dose", 400),
+    (guided(dose=0.1, scale=1), "steering.guidance[0]", 400),
+    (guided(dose=-0.1), "steering.guidance[0].dose", 400),
+    (guided(layers=[0]), "steering.guidance[0].layers[0]", 400),
+    (guided(steps=0), "steering.guidance[0].steps", 400),
+    (guided(steps=17), "steering.guidance[0].steps", 400),
+    (guided(decay=0), "steering.guidance[0].decay", 400),
+    (guided(until=1.0), "steering.guidance[0].until", 400),
+    (guided(loss="hinge"), "steering.guidance[0].loss", 400),
+    (guided(reflect=True), "steering.guidance[0]", 400),
+    (guided(reflect=True, target=[], avoid=["casual"]), "steering.guidance[0]", 400),
+    (guided(when={"probe": "tone", "above": 0.5}), "steering.guidance[0].when.probe", 404),
+    (guided(when={"probe": "tone/x", "above": 0.5}), "steering.guidance[0].when.probe", 400),
+    (guided(when={"probe": "tone/", "above": 0.5}), "steering.guidance[0].when.probe", 400),
+    ({"guidance": [GUIDED, GUIDED]}, "steering.guidance[1].scale", 400),
     ([VECTOR], "steering", 400),
     (7, "steering", 400),
     ("", "steering", 400),
@@ -138,6 +175,11 @@ FIELDS = [
     ({"prompt_logprobs": 21}, "prompt_logprobs"),
     ({"vllm_xargs": {"steering": {"vectors": []}}}, "vllm_xargs.steering"),
     ({"vllm_xargs": {"other": 1}}, "vllm_xargs.other"),
+    ({"probes": "tone"}, "probes"),
+    ({"probes": ["tone"] * 9}, "probes"),
+    ({"probes": ["tone", "tone"]}, "probes[1]"),
+    ({"probes": ["../tone"]}, "probes[0]"),
+    ({"probes": ["kind"]}, "probes[0]"),
     ({"vllm_xargs": {"steering": "1.0 kind"}, "steering": "1.0 kind"}, "vllm_xargs.steering"),
     ({"vllm_xargs": {"steering": '{"vectors":[{"id":"kind","scale":1e400}]}'}},
      "vllm_xargs.steering.vectors[0].scale"),

@@ -103,7 +103,7 @@ NAMES = ["..", "%2e%2e", "%2e%2e%2fx", "..%2f..%2fetc%2fpasswd", "a%00b", ".hidd
          "a%2fb", "a..b", "%ff", "a b", "a%0ab", "-x", "~", "a\\b"]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["vectors", "presets"])
+@pytest.mark.parametrize("kind", ["vectors", "classifiers", "presets"])
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_path_tricks_are_refused(fake_served, name, method, kind):

@@ -88,7 +88,7 @@ _BY_HAND = ("served_model_name", "api_keys", "admin_keys", "max_dose")
     "admin_keys",
     multiple=True,
     metavar="KEY",
-    help="Bearer key that may also change vectors and presets; repeatable. Also "
+    help="Bearer key that may also change vectors, classifiers and presets; repeatable. Also "
     "TRIMTAB_ADMIN_KEYS.",
 )
 @click.option("--served-name", help="Name of the model on the wire.  [default: the model's own]")
