@@ -37,6 +37,8 @@ class Recipe:
         batch: rows a step.
         max_epochs: at most this many passes over the rows.
         patience: passes without a better validation loss before it stops.
+        least_gain: nats by which a loss must be lower to be better. Without one, labels that are
+            easily told apart are trained on until nothing is left of the gradient of a softmax.
         seed: of the weights and of the rows' order.
 
     Source: K-Steering, arXiv 2505.24535; withmartian/k-steering@4255420 for width and rate.
@@ -52,6 +54,7 @@ class Recipe:
     batch: int = 64
     max_epochs: int = 100
     patience: int = 8
+    least_gain: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -184,7 +187,7 @@ def _trained(
     *,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Layers, int]:
-    """Return the weights with the lowest validation loss, and the epochs they took."""
+    """Return the weights with the best validation loss, and the epochs they took."""
     generator = torch.Generator().manual_seed(recipe.seed)
     d, n_labels = fit.states.shape[1], fit.targets.shape[1]
     widths = [d, n_labels] if recipe.kind == "linear" else [d, *[recipe.hidden] * 2, n_labels]
@@ -210,7 +213,7 @@ def _trained(
         with torch.no_grad():
             logits = forward(layers, validation.states)
             now = float(loss_of(logits, validation.targets, is_exclusive=recipe.is_exclusive))
-        if now < lowest:
+        if now < lowest - recipe.least_gain:
             lowest, best_epoch = now, epoch
             best = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in layers]
         if progress is not None:
