@@ -203,6 +203,28 @@ def test_list_and_show(trimtab, store):
     assert "No calibrated doses" in bare.err
 
 
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {},
+        {"1": 3},
+        {"one": SCORES},
+        {"1": {**SCORES, "accuracy": "all"}},
+        {"1": {**SCORES, "auroc": [1]}},
+        {"1": {**SCORES, "confusion": [[1]]}},
+        {"1": {"counts": 7}},
+    ],
+)
+def test_measures_of_another_form(metrics, trimtab, store):
+    """Catches a foreign file whose measures crash the command, or hide the other classifiers."""
+    strange = replace(classifier(), metrics=metrics, data={"skipped": 3}, settings={"a": "b"})
+    store.put_classifier(strange)
+    assert trimtab("classifiers", "list").code == 0
+    done = trimtab("classifiers", "show", "tone")
+    assert done.code == 0, done.err
+    assert "casual" in done.out
+
+
 def test_export_import_and_delete(trimtab, store, tmp_path):
     """Catches a classifier that changes on its way through a file, or is overwritten unasked."""
     store.put_classifier(classifier())

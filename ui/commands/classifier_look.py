@@ -82,15 +82,10 @@ def show(classifier_id: str, model: str, as_json: bool) -> None:
     out(styled(classifier.id, "bold") + text)
     for name, value in _facts(classifier).items():
         out(f"  {name:<14} {value}")
-    if classifier.metrics:
+    measured = _measured(classifier)
+    if measured:
         out()
-        out(scores_table(classifier.metrics, default=classifier.default_layers))
-        scores = _scores(classifier)
-        if scores:
-            out()
-            out(confusion_table(scores, classifier.labels, layer=classifier.default_layers[0]))
-    else:
-        say("Not measured: the file says nothing of how well it reads.")
+        out(measured)
     if classifier.doses:
         out()
         out(doses_table(classifier))
@@ -99,11 +94,30 @@ def show(classifier_id: str, model: str, as_json: bool) -> None:
     next_steps(f"trimtab classifiers eval {classifier_id} --texts FILE{model_flag(model)}")
 
 
+def _measured(classifier: ClassifierArtifact) -> str | None:
+    """Return the tables of measures, or None once it is said why there are none."""
+    if not classifier.metrics:
+        say("Not measured: the file says nothing of how well it reads.")
+        return None
+    layer = classifier.default_layers[0]
+    try:
+        tables = [scores_table(classifier.metrics, default=classifier.default_layers)]
+        if str(layer) in classifier.metrics:
+            scores = classifier.metrics[str(layer)]
+            tables.append(confusion_table(scores, classifier.labels, layer=layer))
+    # Measures are plain JSON that an imported file may fill with anything.
+    except (TypeError, ValueError, KeyError, AttributeError):
+        say("Its measures are not of trimtab's form; --json shows them. Measure it with `eval`.")
+        return None
+    return "\n\n".join(tables)
+
+
 def _facts(classifier: ClassifierArtifact) -> dict[str, str]:
     settings, data = classifier.settings, classifier.data
     hidden = classifier.card()["hidden_units"]
     rows = [f"{data[f'n_{side}']} {side}" for side in ("fit", "validation", "held") if _has(data)]
-    skipped = [f"{n} with {reason}" for reason, n in data.get("skipped", {}).items()]
+    left_out = data.get("skipped")
+    skipped = left_out if isinstance(left_out, dict) else {}
     facts = {
         "model": f"{classifier.model.id} ({classifier.model.model_type}, "
         f"width {classifier.model.hidden_size})",
@@ -114,7 +128,7 @@ def _facts(classifier: ClassifierArtifact) -> dict[str, str]:
         "guides at": f"{spans(classifier.default_layers)} by default",
         "has": spans(classifier.layers),
         "data": ", ".join([str(data.get("name", "")), *rows]).strip(", "),
-        "left out": ", ".join(skipped),
+        "left out": ", ".join(f"{n} with {reason}" for reason, n in skipped.items()),
         "created": f"{classifier.created} by trimtab {classifier.trimtab_version}".strip(),
         "digest": classifier.digest[:16],
     }
@@ -126,12 +140,13 @@ def _has(data: Mapping[str, Any]) -> bool:
 
 
 def _scores(classifier: ClassifierArtifact) -> dict[str, Any]:
-    found: dict[str, Any] = classifier.metrics.get(str(classifier.default_layers[0])) or {}
-    return found
+    found = classifier.metrics.get(str(classifier.default_layers[0]))
+    return found if isinstance(found, dict) else {}
 
 
 def _accuracy(scores: Mapping[str, Any]) -> str:
-    return f"{scores['accuracy']:.0%}" if "accuracy" in scores else "-"
+    accuracy = scores.get("accuracy")
+    return f"{accuracy:.0%}" if isinstance(accuracy, float) else "-"
 
 
 def summary(classifier: ClassifierArtifact) -> str:
