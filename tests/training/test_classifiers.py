@@ -20,14 +20,13 @@ from trimtab.training.classifiers import fit as fitting
 from trimtab.training.classifiers.build import (
     best_layer,
     build_classifier,
-    measure_classifier,
     sweep,
 )
+from trimtab.training.classifiers.evaluate import measure_classifier
 from trimtab.training.classifiers.examples import Example, ExampleSet
 from trimtab.training.classifiers.fit import (
     Labelled,
     Recipe,
-    calibrated,
     fit_network,
     folded,
     forward,
@@ -35,6 +34,7 @@ from trimtab.training.classifiers.fit import (
     standardisation,
 )
 from trimtab.training.classifiers.metrics import calibration_error, measures
+from trimtab.training.classifiers.probability_calibration import calibrated
 from trimtab.training.classifiers.states import read_rows, tokens_read
 from trimtab.training.scoring import Answer
 from trimtab.training.steered_model import SteeredModel

@@ -112,14 +112,7 @@ def read_log(path: Path, *, label_from: str) -> ExampleSet:
             _count(skipped, f"no {label_from}")
         elif not row.get("text"):
             _count(skipped, "no answer")
-        elif (
-            len(
-                json.dumps(
-                    [row.get("messages"), row.get("prompt"), row["text"]], ensure_ascii=False
-                )
-            )
-            > _MAX_LOGGED
-        ):
+        elif _length(row) > _MAX_LOGGED:
             _count(skipped, f"over {_MAX_LOGGED} characters")
         else:
             prompt = _prompt(row, where=where)
@@ -154,6 +147,11 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
+
+
+def _length(row: dict[str, Any]) -> int:
+    texts = [row.get("messages"), row.get("prompt"), row["text"]]
+    return len(json.dumps(texts, ensure_ascii=False))
 
 
 def _count(skipped: dict[str, int], reason: str) -> None:

@@ -193,7 +193,7 @@ def eval_(
     """
     classifier = store_of(model).classifier(classifier_id)
     data = read_examples(texts, instructions, questions, log, label_from)
-    from trimtab.training.classifiers.build import check_fits, measure_classifier
+    from trimtab.training.classifiers.evaluate import check_fits, measure_classifier
 
     check_fits(classifier, data, layers=layers)
     with stages() as stage:
