@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": "trimtab.ui.commands.chat:chat",
     "attribute": "trimtab.ui.commands.attribute:attribute",
     "vectors": "trimtab.ui.commands.vectors:vectors",
+    "classifiers": "trimtab.ui.commands.classifiers:classifiers",
     "presets": "trimtab.ui.commands.presets:presets",
     "methods": "trimtab.ui.commands.methods:methods",
     "bench": "trimtab.ui.commands.bench:bench",

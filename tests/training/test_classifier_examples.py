@@ -78,13 +78,21 @@ def test_log_rows_without_a_label_are_counted(tmp_path):
             {"messages": user, "text": "Yo", "metadata": {"rating": {}}},
             {"messages": user, "text": "Yo", "metadata": None},
             {"messages": user, "text": "", "metadata": {"rating": {"tone": "warm"}}},
+            {"messages": user, "text": "y" * 20_000, "metadata": {"rating": {"tone": "warm"}}},
         ],
     )
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write('\n{"messages": [{"role": "us')
     data = read_log(file, label_from="metadata.rating.tone")
     assert [e.labels for e in data.examples] == [("warm",), ("3",)]
     assert data.examples[0].prompt == (("system", "Be brief."), ("user", "Hi"))
     assert data.examples[1].prompt == "Once"
-    assert data.skipped == {"no metadata.rating.tone": 2, "no answer": 1}
+    assert data.skipped == {
+        "no metadata.rating.tone": 2,
+        "no answer": 1,
+        "over 20000 characters": 1,
+        "no whole line of JSON": 1,
+    }
     with pytest.raises(DataError, match=r"no row with a metadata\.mood.*rating"):
         read_log(file, label_from="metadata.mood")
 

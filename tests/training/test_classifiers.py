@@ -17,12 +17,16 @@ from trimtab.steering.errors import DataError
 from trimtab.steering.model.hooks import captured
 from trimtab.steering.model.profile import profile_model
 from trimtab.training.classifiers import fit as fitting
-from trimtab.training.classifiers.build import build_classifier, measure_classifier, sweep
+from trimtab.training.classifiers.build import (
+    best_layer,
+    build_classifier,
+    sweep,
+)
+from trimtab.training.classifiers.evaluate import measure_classifier
 from trimtab.training.classifiers.examples import Example, ExampleSet
 from trimtab.training.classifiers.fit import (
     Labelled,
     Recipe,
-    calibrated,
     fit_network,
     folded,
     forward,
@@ -30,9 +34,11 @@ from trimtab.training.classifiers.fit import (
     standardisation,
 )
 from trimtab.training.classifiers.metrics import calibration_error, measures
+from trimtab.training.classifiers.probability_calibration import calibrated
 from trimtab.training.classifiers.states import read_rows, tokens_read
 from trimtab.training.scoring import Answer
 from trimtab.training.steered_model import SteeredModel
+from trimtab.training.vectors.pairs import concept
 
 LETTERS = {"early": "abcab", "middle": "mnomn", "late": "xyzxy"}
 
@@ -264,7 +270,7 @@ def test_a_built_classifier_is_whole_and_repeatable(host, kind):
         assert first.metrics[str(layer)]["accuracy"] == 1.0
         assert np.trace(first.metrics[str(layer)]["confusion"]) == 12
     losses = {layer: first.metrics[str(layer)]["validation_loss"] for layer in first.layers}
-    assert first.default_layers == (min(losses, key=losses.__getitem__),)
+    assert first.default_layers == (best_layer(losses, 2),)
 
 
 def test_its_networks_are_each_their_own_layers(host):
@@ -346,7 +352,7 @@ def test_prompts_alone_are_read_where_the_answer_would_begin(host):
     ]
     made = build_classifier(host, ExampleSet("styles", tuple(rows)), id="styles", hidden=32)
     assert made.metrics[str(made.default_layers[0])]["accuracy"] > 0.8
-    with pytest.raises(DataError, match="use 'last'"):
+    with pytest.raises(DataError, match="prompt without an answer"):
         build_classifier(host, ExampleSet("styles", tuple(rows)), id="x", position="answer")
 
 
@@ -402,6 +408,28 @@ def test_progress_reaches_its_end(host):
         assert [done for done, _ in steps] == sorted(done for done, _ in steps)
         assert len({total for _, total in steps}) == 1
         assert steps[-1][0] == steps[-1][1]
+
+
+def test_the_best_layer():
+    """Catches a choice by chance among equals, or one that ignores a clear difference."""
+    assert best_layer({7: 0.5, 17: 0.3, 22: 0.1}, 30) == 22
+    assert best_layer({7: 0.00001, 16: 0.0001, 28: 0.003}, 30) == 16
+    assert best_layer({7: 0.2, 16: 0.1, 28: 0.1005}, 30) == 16
+
+
+@pytest.mark.slow
+def test_the_real_model_tells_optimists_from_pessimists(smollm2):
+    """Catches states of another place or layer than the text's, which a toy may not show."""
+    profile = profile_model(smollm2.model, model_id="smollm2", tokenizer=smollm2.tokenizer)
+    rows = [
+        Example((("user", pair.prompt),), text, (label,), pair.prompt)
+        for pair in concept("optimistic").build[:40]
+        for label, text in (("hope", pair.preferred), ("doom", pair.dispreferred))
+    ]
+    made = build_classifier(
+        SteeredModel(smollm2, profile), ExampleSet("some", tuple(rows)), id="x", layers=[5, 15]
+    )
+    assert made.metrics["15"]["auroc"]["hope"] > 0.9
 
 
 def test_the_sweep_fits_any_depth():

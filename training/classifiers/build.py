@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,18 +13,18 @@ import torch
 from trimtab.kernels import Classifier, probabilities, read
 from trimtab.steering.artifact import MAX_ARTIFACT_BYTES
 from trimtab.steering.classifier import ClassifierArtifact
-from trimtab.steering.errors import DataError, listed
-from trimtab.steering.lookup import check_belongs
+from trimtab.steering.errors import DataError
 from trimtab.training.calibration import Progress
-from trimtab.training.classifiers.examples import ExampleSet, tokens_of
+from trimtab.training.classifiers.examples import ExampleSet, answers_of, targets_of
 from trimtab.training.classifiers.fit import Fitted, Kind, Labelled, Recipe, fit_network
 from trimtab.training.classifiers.metrics import measures
-from trimtab.training.classifiers.states import Position, layers_at_once, read_rows, tokens_read
-from trimtab.training.scoring import Answer
+from trimtab.training.classifiers.states import Position, each_layer, tokens_read
 from trimtab.training.steered_model import SteeredModel
 
 _SWEEP = 8
 _FIRST, _LAST = 0.25, 0.95  # of the depth: what was said is read late, but not at the very end
+_TIE = 0.01  # nats; less is chance at the hundreds of rows there are
+_USUAL_DEPTH = 0.6  # where guidance works in most models, by the source's authors
 _TENSORS = (("w_in", "b_in"), ("w_mid", "b_mid"), ("w_out", "b_out"))
 
 
@@ -79,7 +79,7 @@ def build_classifier(
     labels = data.labels
     _check_size(recipe, host.profile.ref.hidden_size, n_labels=len(labels), n_layers=len(kept))
     split = data.split(seed=seed)
-    answers = _answers(host, data)
+    answers = answers_of(host, data)
     places = [tokens_read(answer, position) for answer in answers]
     targets = targets_of(data, labels)
     trained: dict[int, Fitted] = {}
@@ -89,7 +89,7 @@ def build_classifier(
         if progress is not None:
             progress("training", len(trained) * total + done, len(swept) * total)
 
-    for layer, states, owner in _each_layer(host, answers, places, swept, progress=progress):
+    for layer, states, owner in each_layer(host, answers, places, swept, progress=progress):
         fit, validation, held = (
             Labelled(states[rows], targets[owner[rows]])
             for rows in (
@@ -105,7 +105,7 @@ def build_classifier(
             "n_epochs": fitted.n_epochs,
             "calibration": fitted.calibration,
         }
-    best = min(kept, key=lambda layer: (trained[layer].validation_loss, layer))
+    best = best_layer({layer: trained[layer].validation_loss for layer in kept}, n_layers)
     return ClassifierArtifact(
         id=id,
         model=host.profile.ref,
@@ -132,95 +132,25 @@ def build_classifier(
     )
 
 
-def measure_classifier(
-    host: SteeredModel,
-    classifier: ClassifierArtifact,
-    data: ExampleSet,
-    *,
-    layers: Sequence[int] | None = None,
-    position: Position | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Return measures of a stored classifier on labelled texts, a layer each.
-
-    Texts that are kept for measuring are the only ones used, if there are any: those the data
-    marks as held and, of the very data it was trained on, those that training held.
-
-    Args:
-        host: the model it belongs to.
-        classifier: what to measure.
-        data: texts with labels it knows.
-        layers: of those it has; None takes all.
-        position: which tokens to read; None takes those it was trained on.
-        progress: told of the texts done.
-
-    Returns:
-        layer as text -> `measures`.
-
-    Raises:
-        DataError: a label or layer it does not have, or a text too long.
-        SpecError: it reads another model.
-    """
-    check_belongs(
-        classifier.model, host.profile.ref, name=classifier.id, param=None, what="classifier"
-    )
-    wanted = classifier.layers if layers is None else tuple(sorted(set(layers)))
-    if not set(wanted) <= set(classifier.layers):
-        raise DataError(
-            f"Classifier {classifier.id!r} reads layers {list(classifier.layers)}, "
-            f"not {list(wanted)}."
-        )
-    unknown = set(data.labels) - set(classifier.labels)
-    if unknown:
-        raise DataError(
-            f"{data.name} has labels {listed(unknown)}, which classifier {classifier.id!r} does "
-            f"not know; it knows {listed(classifier.labels)}."
-        )
-    data = _held(data, classifier)
-    for example in data.examples:
-        if classifier.is_exclusive and len(example.labels) != 1:
-            raise DataError(
-                f"{example.where or data.name} has {len(example.labels)} labels; the classifier "
-                f"{classifier.id!r} gives each text one."
-            )
-    if position is None:
-        position = classifier.settings.get("position", "last")
-    answers = _answers(host, data)
-    places = [tokens_read(answer, position) for answer in answers]
-    targets = targets_of(data, classifier.labels)
-    found = {}
-    for layer, states, owner in _each_layer(host, answers, places, wanted, progress=progress):
-        network = classifier.at(layer)
-        found[str(layer)] = measures(
-            probabilities(read(states, network), network),
-            targets[owner],
-            labels=classifier.labels,
-            is_exclusive=classifier.is_exclusive,
-        )
-    return found
-
-
 def sweep(n_layers: int) -> tuple[int, ...]:
     """Return the layers that are tried when nobody names any."""
     share = (_LAST - _FIRST) / (_SWEEP - 1)
     return tuple(sorted({round((_FIRST + share * k) * (n_layers - 1)) for k in range(_SWEEP)}))
 
 
-def targets_of(data: ExampleSet, labels: Sequence[str]) -> torch.Tensor:
-    """Return whether each example has each label, `[n, n_labels]`, float32."""
-    return torch.tensor(
-        [[float(label in example.labels) for label in labels] for example in data.examples]
-    )
+def best_layer(losses: Mapping[int, float], n_layers: int) -> int:
+    """Return the layer with the lowest loss; of equally good ones the nearest to the usual depth.
 
+    Styles that a prompt asks for are told apart at every layer (ToneBank on a 135M model: 60 of 60
+    at eight layers), and the lowest of such losses says nothing about where to steer.
 
-def _held(data: ExampleSet, classifier: ClassifierArtifact) -> ExampleSet:
-    if data.sha256 == classifier.data.get("sha256"):
-        rows: Sequence[int] = data.split(seed=classifier.settings["seed"]).held
-    else:
-        rows = [i for i, example in enumerate(data.examples) if example.is_held]
-    if not rows:
-        return data
-    return ExampleSet(data.name, tuple(data.examples[i] for i in rows), data.skipped)
+    Args:
+        losses: validation loss by layer.
+        n_layers: of the model.
+    """
+    lowest = min(losses.values())
+    tied = [layer for layer, loss in losses.items() if loss <= lowest + _TIE]
+    return min(tied, key=lambda layer: (abs(layer - _USUAL_DEPTH * (n_layers - 1)), layer))
 
 
 def _checked(layers: Sequence[int], n_layers: int) -> tuple[int, ...]:
@@ -239,34 +169,6 @@ def _check_size(recipe: Recipe, d: int, *, n_labels: int, n_layers: int) -> None
             f"{n_layers} networks of {recipe.hidden} hidden units would take {n_bytes} bytes; a "
             f"classifier has at most {MAX_ARTIFACT_BYTES}. Train fewer layers or fewer units."
         )
-
-
-def _answers(host: SteeredModel, data: ExampleSet) -> list[Answer]:
-    longest = host.profile.max_context
-    return [tokens_of(host.tokenizer, example, max_context=longest) for example in data.examples]
-
-
-def _each_layer(
-    host: SteeredModel,
-    answers: Sequence[Answer],
-    places: Sequence[Sequence[int]],
-    layers: Sequence[int],
-    *,
-    progress: Progress | None,
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield (layer, states `[n_rows, d]`, owner `[n_rows]`), as many layers a pass as fit."""
-    at_once = layers_at_once(sum(map(len, places)), len(layers), host.profile.ref.hidden_size)
-    groups = [layers[at : at + at_once] for at in range(0, len(layers), at_once)]
-    n_texts = len(answers)
-    for turn, group in enumerate(groups):
-
-        def reading(done: int, total: int, before: int = turn * n_texts) -> None:
-            if progress is not None:
-                progress("reading hidden states", before + done, len(groups) * n_texts)
-
-        rows = read_rows(host, answers, places, layers=group, progress=reading)
-        for k, layer in enumerate(group):
-            yield layer, rows.states[:, k], rows.owner
 
 
 def _measured(

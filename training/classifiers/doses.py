@@ -9,6 +9,7 @@ refused unless they say that they mean it.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -56,7 +57,7 @@ class DoseBudget:
         max_share: share of generations that may fall apart.
         n_prompts: neutral questions to answer.
         n_tokens: length of each answer.
-        n_evaluations: doses tried for each label set.
+        n_evaluations: doses tried for the first label set; four, near its dose, for the others.
     """
 
     max_share: float = MAX_SHARE
@@ -65,12 +66,12 @@ class DoseBudget:
     n_evaluations: int = 7
 
 
-def default_label_sets(labels: Sequence[str], *, with_pairs: bool = True) -> list[LabelSet]:
-    """Return the sets to calibrate: each label sought, avoided and reflected, and pairs sought.
+def default_label_sets(labels: Sequence[str], *, with_pairs: bool = False) -> list[LabelSet]:
+    """Return the sets to calibrate: each label sought, avoided and reflected.
 
     Args:
         labels: the classifier's.
-        with_pairs: leave pairs out if False; they get the smallest dose of those measured.
+        with_pairs: seek each pair as well; without, a pair gets the smallest dose measured.
     """
     singles = [LabelSet(target=(label,)) for label in labels]
     avoided = [LabelSet(avoid=(label,)) for label in labels]
@@ -108,9 +109,7 @@ def calibrate_doses(
                 f"Classifier {classifier.id!r} has no label {sorted(unknown)[0]!r}; it has "
                 f"{', '.join(classifier.labels)}."
             )
-    questions = neutral_questions()[: budget.n_prompts]
-    answers = [answer_of(host.tokenizer, question, "") for question in questions]
-    prompts = [answer.ids[: answer.n_prompt] for answer in answers]
+    prompts = _prompts(host, budget.n_prompts)
     coherence = Coherence.fit(host, prompts, n_tokens=budget.n_tokens)
 
     def share(plan: Plan | None) -> float:
@@ -123,6 +122,7 @@ def calibrate_doses(
             f"can stay under {budget.max_share:.0%}."
         )
     found, curves = [], []
+    low, high, n_evaluations = _LOW, _HIGH, budget.n_evaluations
     for done, one in enumerate(wanted):
         tried: dict[float, float] = {}
 
@@ -136,11 +136,13 @@ def calibrate_doses(
         else:
             dose = largest_dose(
                 share_at,
-                low=_LOW,
-                high=_HIGH,
+                low=low,
+                high=high,
                 limit=budget.max_share,
-                n_evaluations=budget.n_evaluations,
+                n_evaluations=n_evaluations,
             )
+            if dose > 0:  # unit steps of one classifier break text at doses not far apart
+                low, high, n_evaluations = dose / 2, dose * 2, min(4, n_evaluations)
         found.append(SafeDose(**asdict(one), dose=dose))
         curve = [[round(x, 5), round(tried[x], 4)] for x in sorted(tried)]
         curves.append({**asdict(one), "dose": round(dose, 6), "curve": curve})
@@ -189,6 +191,14 @@ def plan_at(
         )
         layers[layer] = LayerTerm(guides=(guide,))
     return plan_of(layers)
+
+
+def _prompts(host: SteeredModel, n: int) -> list[tuple[int, ...]]:
+    """Return neutral questions as tokens, of as few lengths as will do: each is a batch."""
+    answers = [answer_of(host.tokenizer, question, "") for question in neutral_questions()]
+    prompts = [answer.ids[: answer.n_prompt] for answer in answers]
+    counts = Counter(map(len, prompts))
+    return sorted(prompts, key=lambda ids: (-counts[len(ids)], len(ids)))[:n]
 
 
 def _key(entry: SafeDose) -> tuple[Any, ...]:

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 
 from trimtab.steering.classifier import LABEL_PATTERN, MAX_LABELS
 from trimtab.steering.errors import DataError, listed
 from trimtab.training.scoring import Answer, answer_of
+from trimtab.training.steered_model import SteeredModel
 
 MAX_EXAMPLES = 20_000
 _LABEL = re.compile(LABEL_PATTERN)
@@ -256,3 +258,16 @@ def _tokens(tokenizer: Any, example: Example) -> Answer:
     )["input_ids"]
     tail = tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else []
     return Answer((*head, *tail), len(head))
+
+
+def answers_of(host: SteeredModel, data: ExampleSet) -> list[Answer]:
+    """Return every example's tokens; see `tokens_of`."""
+    longest = host.profile.max_context
+    return [tokens_of(host.tokenizer, example, max_context=longest) for example in data.examples]
+
+
+def targets_of(data: ExampleSet, labels: Sequence[str]) -> torch.Tensor:
+    """Return whether each example has each label, `[n, n_labels]`, float32."""
+    return torch.tensor(
+        [[float(label in example.labels) for label in labels] for example in data.examples]
+    )

@@ -7,21 +7,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-import numpy as np
 import torch
-from scipy.optimize import minimize, minimize_scalar
 from torch.nn import functional
 
 from trimtab.steering.classifier import MAX_WIDTH
 from trimtab.steering.errors import DataError
+from trimtab.training.classifiers.probability_calibration import calibrated
 
 Kind = Literal["mlp", "linear"]
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
 _FLOOR = 0.01  # of the median deviation: an input that never varied would be blown up without it
-_MAX_SCALE = 20.0
-_LOG_SCALE_SPREAD = 0.5  # of the prior: without evidence calibration changes nothing
-_OFFSET_SPREAD = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,8 @@ class Recipe:
         batch: rows a step.
         max_epochs: at most this many passes over the rows.
         patience: passes without a better validation loss before it stops.
+        least_gain: nats by which a loss must be lower to be better. Without one, labels that are
+            easily told apart are trained on until nothing is left of the gradient of a softmax.
         seed: of the weights and of the rows' order.
 
     Source: K-Steering, arXiv 2505.24535; withmartian/k-steering@4255420 for width and rate.
@@ -52,6 +50,7 @@ class Recipe:
     batch: int = 64
     max_epochs: int = 100
     patience: int = 8
+    least_gain: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -184,7 +183,7 @@ def _trained(
     *,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Layers, int]:
-    """Return the weights with the lowest validation loss, and the epochs they took."""
+    """Return the weights with the best validation loss, and the epochs they took."""
     generator = torch.Generator().manual_seed(recipe.seed)
     d, n_labels = fit.states.shape[1], fit.targets.shape[1]
     widths = [d, n_labels] if recipe.kind == "linear" else [d, *[recipe.hidden] * 2, n_labels]
@@ -210,7 +209,7 @@ def _trained(
         with torch.no_grad():
             logits = forward(layers, validation.states)
             now = float(loss_of(logits, validation.targets, is_exclusive=recipe.is_exclusive))
-        if now < lowest:
+        if now < lowest - recipe.least_gain:
             lowest, best_epoch = now, epoch
             best = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in layers]
         if progress is not None:
@@ -229,69 +228,6 @@ def _drawn(
     reach = before**-0.5
     weight = torch.empty(after, before).uniform_(-reach, reach, generator=generator)
     return weight, torch.empty(after).uniform_(-reach, reach, generator=generator)
-
-
-def calibrated(
-    logits: torch.Tensor, targets: torch.Tensor, *, is_exclusive: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale and offset of logits under which probabilities fit the targets best.
-
-    One scale and no offset if labels exclude one another (temperature scaling), a scale and an
-    offset a label otherwise (Platt scaling). A prior holds them at 1 and 0, so that a few rows, or
-    rows told apart without a mistake, do not ask for infinite logits.
-
-    Args:
-        logits: of rows that were not trained on, `[n, n_labels]`.
-        targets: the same shape, 0 or 1.
-        is_exclusive: whether labels exclude one another.
-
-    Returns:
-        (scale, offset), `[n_labels]` each; 1 and 0 for a label that all or none of the rows have.
-
-    Source: temperature, arXiv 1706.04599; scale and offset, Platt 1999.
-    Differs: the prior. Platt smooths targets by a row a label instead; on clouds of points with
-        300 rows to calibrate on, that raised a good network's error from 0.010 to 0.035.
-    """
-    n_labels = logits.shape[1]
-    scale, offset = torch.ones(n_labels), torch.zeros(n_labels)
-    x, y = logits.double().numpy(), targets.double().numpy()
-    if is_exclusive:
-        scale[:] = _temperature_scale(x, y)
-        return scale, offset
-    for label in range(n_labels):
-        if 0 < y[:, label].sum() < len(y):
-            scale[label], offset[label] = _platt(x[:, label], y[:, label])
-    return scale, offset
-
-
-def _temperature_scale(logits: np.ndarray, targets: np.ndarray) -> float:
-    def loss(log_scale: float) -> float:
-        scaled = logits * np.exp(log_scale)
-        top = scaled.max(1, keepdims=True)
-        norm = top[:, 0] + np.log(np.exp(scaled - top).sum(1))
-        misfit = float((norm - (targets * scaled).sum(1)).sum())
-        return misfit + (log_scale / _LOG_SCALE_SPREAD) ** 2 / 2
-
-    farthest = float(np.log(_MAX_SCALE))
-    found = minimize_scalar(loss, bounds=(-farthest, farthest), method="bounded")
-    return float(np.exp(found.x))
-
-
-def _platt(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
-    spread = np.array([_LOG_SCALE_SPREAD, _OFFSET_SPREAD])
-
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        scale = np.exp(parameters[0])
-        z = scale * logits + parameters[1]
-        wrong = 1 / (1 + np.exp(-np.clip(z, -700, 700))) - targets
-        slopes = np.array([(wrong * logits).sum() * scale, wrong.sum()]) + parameters / spread**2
-        misfit = float((np.logaddexp(0, z) - targets * z).sum())
-        return misfit + float(((parameters / spread) ** 2).sum()) / 2, slopes
-
-    farthest = float(np.log(_MAX_SCALE))
-    limits = [(-farthest, farthest), (None, None)]
-    found = minimize(loss, np.zeros(2), jac=True, bounds=limits, method="L-BFGS-B")
-    return float(np.exp(found.x[0])), float(found.x[1])
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

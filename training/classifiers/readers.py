@@ -11,6 +11,7 @@ from trimtab.steering.errors import DataError
 from trimtab.training.classifiers.examples import MAX_EXAMPLES, Chat, Example, ExampleSet
 
 MAX_CHARACTERS = 20_000
+_MAX_LOGGED = MAX_CHARACTERS  # of a conversation with its answer, as JSON
 MAX_LINES = 1_000_000
 MAX_FILE_BYTES = 512 * 2**20
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -86,7 +87,8 @@ def read_log(path: Path, *, label_from: str) -> ExampleSet:
     """Read a server's generation log, labelled by a field of it.
 
     A line has `messages` or `prompt`, `text` (the answer) and whatever `label_from` names. Rows
-    without a label, or without an answer, are counted in `skipped`. A conversation is a group.
+    without a label or an answer, very long ones, and lines that a crash has torn are counted in
+    `skipped`. A conversation is a group.
 
     Args:
         path: JSON lines.
@@ -102,28 +104,27 @@ def read_log(path: Path, *, label_from: str) -> ExampleSet:
     examples: list[Example] = []
     skipped: dict[str, int] = {}
     seen: set[str] = set()
-    for where, row in _rows(path):
+    for where, row in _rows(path, skipped=skipped):
         found = _at(row, keys)
-        reason = None
         if found is None or found == "":
-            reason = f"no {label_from}"
             metadata = row.get("metadata")
             seen |= set(metadata) if isinstance(metadata, dict) else set()
+            _count(skipped, f"no {label_from}")
         elif not row.get("text"):
-            reason = "no answer"
-        if reason:
-            skipped[reason] = skipped.get(reason, 0) + 1
-            continue
-        prompt = _prompt(row, where=where)
-        examples.append(
-            Example(
-                prompt=prompt,
-                answer=_text(row, "text", where=where),
-                labels=_logged_labels(found, label_from, where=where),
-                group=prompt if isinstance(prompt, str) else json.dumps(prompt),
-                where=where,
+            _count(skipped, "no answer")
+        elif _length(row) > _MAX_LOGGED:
+            _count(skipped, f"over {_MAX_LOGGED} characters")
+        else:
+            prompt = _prompt(row, where=where)
+            examples.append(
+                Example(
+                    prompt=prompt,
+                    answer=_text(row, "text", where=where),
+                    labels=_logged_labels(found, label_from, where=where),
+                    group=prompt if isinstance(prompt, str) else json.dumps(prompt),
+                    where=where,
+                )
             )
-        )
     if not examples and skipped:
         there = f" Its rows' metadata has: {', '.join(sorted(seen)[:12])}." if seen else ""
         raise DataError(f"{path.name} has no row with a {label_from} and an answer.{there}")
@@ -148,8 +149,22 @@ def _read(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error}.") from None
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file:line, object) of every line that is not empty."""
+def _length(row: dict[str, Any]) -> int:
+    texts = [row.get("messages"), row.get("prompt"), row["text"]]
+    return len(json.dumps(texts, ensure_ascii=False))
+
+
+def _count(skipped: dict[str, int], reason: str) -> None:
+    skipped[reason] = skipped.get(reason, 0) + 1
+
+
+def _rows(
+    path: Path, *, skipped: dict[str, int] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file:line, object) of every line that is not empty.
+
+    A line that is not JSON is an error, or counted where it is told how.
+    """
     # By newlines alone: JSON may hold the other line ends that splitlines() knows.
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
@@ -160,6 +175,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
+            if skipped is not None:
+                _count(skipped, "no whole line of JSON")
+                continue
             raise DataError(f"{where} is not valid JSON: {error}.") from None
         if not isinstance(row, dict):
             raise DataError(f"{where} is not an object.")
@@ -212,7 +230,5 @@ def _prompt(row: dict[str, Any], *, where: str) -> str | Chat:
         )
         if role not in _ROLES or not isinstance(content, str):
             raise DataError(f'{where}: a message is {{"role", "content"}} with texts.')
-        if len(content) > MAX_CHARACTERS:
-            raise DataError(f"{where}: a message has over {MAX_CHARACTERS} characters.")
         chat.append(("system" if role == "developer" else role, content))
     return tuple(chat)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
 from trimtab.steering.errors import DataError
+from trimtab.training.calibration import Progress
 from trimtab.training.scoring import Answer
 from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.activations import each_answer
@@ -103,3 +104,26 @@ def read_rows(
         torch.arange(len(places)), torch.tensor([len(text) for text in places])
     )
     return Rows(states, owner)
+
+
+def each_layer(
+    host: SteeredModel,
+    answers: Sequence[Answer],
+    places: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    progress: Progress | None,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield (layer, states `[n_rows, d]`, owner `[n_rows]`), as many layers a pass as fit."""
+    at_once = layers_at_once(sum(map(len, places)), len(layers), host.profile.ref.hidden_size)
+    groups = [layers[at : at + at_once] for at in range(0, len(layers), at_once)]
+    n_texts = len(answers)
+    for turn, group in enumerate(groups):
+
+        def reading(done: int, total: int, before: int = turn * n_texts) -> None:
+            if progress is not None:
+                progress("reading hidden states", before + done, len(groups) * n_texts)
+
+        rows = read_rows(host, answers, places, layers=group, progress=reading)
+        for k, layer in enumerate(group):
+            yield layer, rows.states[:, k], rows.owner
