@@ -123,7 +123,7 @@ def test_changes_need_the_admin_key(serve):
     user, admin = ({"authorization": f"Bearer {key}"} for key in (API, ADMIN))
 
     def ask(method: str, headers: dict[str, str]) -> int:
-        answer = served.http.request(method, f"{CLASSIFIERS}/tone", content=data, headers=headers)
+        answer = served.http.request(method, f"{CLASSIFIERS}/new", content=data, headers=headers)
         return answer.status_code
 
     assert ask("PUT", {}) == 401
@@ -160,7 +160,7 @@ def test_a_damaged_file_is_named_where_it_belongs(serve):
     """A classifier that cannot be read and is listed nowhere, or among the vectors."""
     served = serve()
     folder = served.store.folder / "classifiers"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "torn.safetensors").write_bytes(b"torn")
     assert list(served.http.get(CLASSIFIERS).json()["problems"]) == ["torn.safetensors"]
     assert served.http.get("/v1/steering/vectors").json()["problems"] == {}

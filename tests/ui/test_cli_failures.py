@@ -81,7 +81,7 @@ def test_debug_shows_the_traceback(trimtab, monkeypatch):
 
 def test_a_fault_of_our_own_is_a_paragraph_too(trimtab, monkeypatch):
     """Catches an unexpected exception that reaches the user as a traceback."""
-    monkeypatch.setattr("trimtab.ui.commands.vector_look.all_stores", lambda: 1 / 0)
+    monkeypatch.setattr("trimtab.ui.commands.artifact_files.all_stores", lambda: 1 / 0)
     done = trimtab("vectors", "list")
     assert done.code == 1
     assert done.err.startswith("Error: trimtab failed unexpectedly: ZeroDivisionError")
