@@ -12,6 +12,9 @@ All arms run in one process on the same weights, alternating, and medians are re
     alike         every request steered by the same plan, one layer
     different     every request steered by its own plan, one layer
     heavy         every request its own four vectors summed on all layers, norm preserved
+    guided        every request its own labels of a classifier (128 hidden units, 16 labels), one
+                  layer, three steps
+    probed        nobody steered, everybody's tokens read by that classifier
 
 Nothing else should run on the machine: with contended cores OpenMP threads collapse.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import platform
 import statistics
@@ -32,12 +36,24 @@ from typing import Any
 
 import torch
 
+from trimtab.kernels import Classifier
 from trimtab.serving.engines.base import Request
 from trimtab.serving.engines.transformers import runner as runner_module
 from trimtab.serving.engines.transformers.engine import EngineConfig, TransformersEngine
 from trimtab.serving.sampling import SamplingParams
 from trimtab.steering.model.loading import load_model
-from trimtab.steering.plan import Plan, additive_plan
+from trimtab.steering.plan import Guide, LayerTerm, Plan, Reader, additive_plan, plan_of
+
+N_LABELS = 16
+RATIOS = (
+    ("plain", "generate"),
+    ("idle", "plain"),
+    ("different", "hooked loop"),
+    ("different", "idle"),
+    ("heavy", "idle"),
+    ("guided", "idle"),
+    ("probed", "idle"),
+)
 
 TOPICS = (
     "a lighthouse", "the tides", "a bakery", "old maps", "a mountain railway", "beekeeping",
@@ -79,6 +95,8 @@ class Arms:
         self.different = [self._plan({self.layer: 0.1}, i) for i in range(most)]
         every = dict.fromkeys(range(n_layers), 0.02)
         self.heavy = [self._plan(every, i, n_vectors=4, normalize=True) for i in range(most)]
+        self.reader = self._classifier(width, generator)
+        self.guided = [self._guidance(i) for i in range(most)]
         self.arms: dict[str, Callable[[int], float]] = {
             "generate": self.generate,
             "hooked loop": self.hooked_loop,
@@ -87,6 +105,8 @@ class Arms:
             "alike": lambda n: self.served([self.different[0]] * n),
             "different": lambda n: self.served(list(self.different[:n])),
             "heavy": lambda n: self.served(list(self.heavy[:n])),
+            "guided": lambda n: self.served(list(self.guided[:n])),
+            "probed": lambda n: self.served([None] * n, probes=(self.reader,)),
         }
 
     def _plan(
@@ -97,6 +117,24 @@ class Arms:
             {layer: direction * dose * float(self.norms[layer]) for layer, dose in doses.items()},
             normalize=normalize,
         )
+
+    def _classifier(self, width: int, generator: torch.Generator) -> Reader:
+        sizes = [width, 128, 128, N_LABELS]
+        network = Classifier.of(
+            [
+                (torch.randn(m, n, generator=generator) / n**0.5, torch.zeros(m))
+                for n, m in itertools.pairwise(sizes)
+            ],
+            is_exclusive=True,
+        )
+        labels = tuple(f"label-{i}" for i in range(N_LABELS))
+        return Reader("bench", self.layer, network, labels, "bench")
+
+    def _guidance(self, i: int) -> Plan:
+        toward, away = (i % N_LABELS,), ((i + 1 + i // N_LABELS) % N_LABELS,)
+        size = 0.1 * float(self.norms[self.layer]) / 3
+        guide = Guide(self.reader, toward, away, (size,) * 3, loss="softmax")
+        return plan_of({self.layer: LayerTerm(guides=(guide,))})
 
     # --- transformers alone
 
@@ -142,15 +180,18 @@ class Arms:
 
     # --- this engine
 
-    def served(self, plans: list[Plan | None]) -> float:
+    def served(self, plans: list[Plan | None], *, probes: tuple[Reader, ...] = ()) -> float:
         """All requests at once through the engine."""
-        return asyncio.run_coroutine_threadsafe(self._served(plans), _LOOP).result()
+        return asyncio.run_coroutine_threadsafe(self._served(plans, probes), _LOOP).result()
 
-    async def _served(self, plans: list[Plan | None]) -> float:
+    async def _served(self, plans: list[Plan | None], probes: tuple[Reader, ...]) -> float:
         sampling = SamplingParams(max_tokens=self.n_tokens, temperature=0.0, ignore_eos=True)
         begin = time.perf_counter()
         streams = self.engine.generate(
-            *(Request(f"bench-{i}", self.ids[i], sampling, plan) for i, plan in enumerate(plans))
+            *(
+                Request(f"bench-{i}", self.ids[i], sampling, plan, probes)
+                for i, plan in enumerate(plans)
+            )
         )
 
         async def drain(stream: Any) -> int:
@@ -203,6 +244,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--concurrency", default="1,8,32")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--arms", help="only these, such as idle,guided")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     levels = [int(x) for x in args.concurrency.split(",")]
@@ -216,6 +258,8 @@ def main() -> None:
     )
     asyncio.run_coroutine_threadsafe(engine.start(), _LOOP).result()
     arms = Arms(engine, n_tokens=args.tokens, most=max(levels))
+    if args.arms:
+        arms.arms = {name: arms.arms[name] for name in args.arms.split(",")}
     sequential = {"generate", "hooked loop"}
     results: dict[int, dict[str, float]] = {}
     for n in levels:
@@ -248,14 +292,12 @@ def main() -> None:
         print(f"{n:>3} at once  " + "".join(f"{row[name]:>13.1f}" for name in names))
     print("ratios")
     for n, row in results.items():
-        base = row["hooked loop"]
-        print(
-            f"{n:>3} at once   plain/generate {row['plain'] / row['generate']:.2f}"
-            f"   idle/plain {row['idle'] / row['plain']:.3f}"
-            f"   different/hooked loop {row['different'] / base:.2f}"
-            f"   different/idle {row['different'] / row['idle']:.3f}"
-            f"   heavy/idle {row['heavy'] / row['idle']:.3f}"
-        )
+        shown = [
+            f"{one}/{other} {row[one] / row[other]:.3f}"
+            for one, other in RATIOS
+            if one in row and other in row
+        ]
+        print(f"{n:>3} at once   " + "   ".join(shown))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"facts": facts, "tokens_per_second": results}, file, indent=1)

@@ -135,6 +135,9 @@ def guide(
     *,
     loss: Loss = "logits",
     step: Step = "unit",
+    has_rival: bool = True,
+    has_until: bool = True,
+    has_norm: bool = True,
 ) -> torch.Tensor:
     """Return hidden states after the goals' steps down the gradient g of the loss.
 
@@ -154,6 +157,9 @@ def guide(
         goals: labels and steps of each token.
         loss: which.
         step: which.
+        has_rival: False skips the rival where no goal picks one.
+        has_until: False skips the stop where no goal has one.
+        has_norm: False skips the norm where no goal keeps it.
 
     Returns:
         `[n_tokens, d_model]` in `hidden`'s dtype. Arithmetic is float32 with one cast at the end;
@@ -164,7 +170,7 @@ def guide(
     total = torch.zeros_like(z)
     for k in range(goals.sizes.shape[1]):
         logits, above_in, above_mid = _head(z, classifier)
-        away = _with_rival(goals, logits)
+        away = _with_rival(goals, logits) if has_rival else goals.away
         u = _pulled_back(_slope(logits, goals.toward, away, loss), classifier, above_in, above_mid)
         moved = u @ classifier.gram
         size = goals.sizes[:, k : k + 1]
@@ -176,11 +182,13 @@ def guide(
                 along = ((z - classifier.b_in) * u).sum(1, keepdim=True)
                 size = size * 2 * along / squared.clamp_min(_TINY)
             size = torch.where(squared > _TINY, size, 0.0)
-        size = torch.where(_is_satisfied(logits, goals, away, classifier), 0.0, size)
+        if has_until:
+            size = torch.where(_is_satisfied(logits, goals, away, classifier), 0.0, size)
         total = total + size * u
         z = z - size * moved
     guided = torch.addmm(h, total, classifier.w_in, alpha=-1)
-    guided = torch.where(goals.keeps_norm.unsqueeze(1), _with_norm_of(h, guided), guided)
+    if has_norm:
+        guided = torch.where(goals.keeps_norm.unsqueeze(1), _with_norm_of(h, guided), guided)
     is_still = (goals.sizes == 0).all(1, keepdim=True)
     return torch.where(is_still, hidden, guided.to(hidden.dtype))
 

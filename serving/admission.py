@@ -122,7 +122,10 @@ async def answered(
             close()
 
     try:
-        generation = Generation(server, requests)
+        watch = None
+        if server.generation_log is not None:
+            watch = server.generation_log.recorder(answer.n_choices, facts=answer.logged_facts)
+        generation = Generation(server, requests, watch=watch)
         server.metrics.prompt_tokens.inc(answer.prompt_tokens)
         plan = requests[0].plan
         if plan is not None:

@@ -8,10 +8,12 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
 
 from trimtab.serving.attribution_jobs import AttributionJobs
 from trimtab.serving.engines.base import Engine
 from trimtab.serving.errors import install_error_handlers
+from trimtab.serving.generation_log import GenerationLog
 from trimtab.serving.keys import KeyGuard
 from trimtab.serving.lifecycle import Lifecycle
 from trimtab.serving.metrics import Metrics
@@ -56,10 +58,20 @@ def create_app(
         on_ready: called once requests can be answered.
         on_failed: called with the error if the engine cannot start; the app keeps answering 503
             until the caller ends it.
+
+    Raises:
+        TrimtabError: the generation log cannot be opened.
     """
     lifecycle = Lifecycle(engine, on_ready=on_ready, on_failed=on_failed)
     jobs = AttributionJobs(max_queue=settings.attribution_max_queue)
     metrics = Metrics(lifecycle, jobs)
+    generation_log = None
+    if settings.log_generations is not None:
+        generation_log = GenerationLog(
+            settings.log_generations,
+            max_bytes=settings.log_generations_max_bytes,
+            metrics=metrics,
+        )
     server = ServerState(
         engine=engine,
         store=store,
@@ -67,6 +79,7 @@ def create_app(
         lifecycle=lifecycle,
         metrics=metrics,
         attributions=jobs,
+        generation_log=generation_log,
         started=int(time.time()),
     )
 
@@ -78,6 +91,8 @@ def create_app(
         finally:
             await jobs.close()
             await lifecycle.end()
+            if generation_log is not None:
+                await run_in_threadpool(generation_log.close)
 
     app = FastAPI(
         title="trimtab",

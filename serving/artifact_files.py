@@ -95,8 +95,8 @@ async def uploaded(
         n_layers = len(info.hidden_norms)
         if artifact.layers[-1] >= n_layers:
             raise ArtifactError(
-                f"{what.capitalize()} {name!r} has {listed_layers(artifact.layers)}; the model has layers 0 to "
-                f"{n_layers - 1}.",
+                f"{what.capitalize()} {name!r} has {listed_layers(artifact.layers)}; the model has "
+                f"layers 0 to {n_layers - 1}.",
                 param="body",
             )
         return artifact, put(artifact)

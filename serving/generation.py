@@ -13,6 +13,7 @@ from fastapi import Request as HttpRequest
 from trimtab.serving.body import GoneError
 from trimtab.serving.engines.base import Delta, EngineError, FinishReason, Request
 from trimtab.serving.errors import RequestError
+from trimtab.serving.generation_log import Watch
 from trimtab.serving.state import ServerState
 
 
@@ -25,12 +26,16 @@ class Generation:
     Args:
         server: the app's parts.
         requests: the sequences, one a choice.
+        watch: shown every delta before it goes on; None if nobody looks.
 
     Raises:
         TrimtabError: the engine refuses the requests.
     """
 
-    def __init__(self, server: ServerState, requests: Sequence[Request]) -> None:
+    def __init__(
+        self, server: ServerState, requests: Sequence[Request], *, watch: Watch | None = None
+    ) -> None:
+        self._watch = watch
         self._metrics = server.metrics
         self._timeout_s = server.settings.request_timeout_s
         self._began = time.perf_counter()
@@ -69,7 +74,10 @@ class Generation:
             self._observe(index, delta)
             if delta.finish_reason is not None:
                 self._live.discard(index)
-            yield index, self._checked(index, delta)
+            checked = self._checked(index, delta)
+            if self._watch is not None:
+                self._watch(index, checked)
+            yield index, checked
 
     async def _pump(self, index: int) -> None:
         try:

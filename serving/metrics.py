@@ -75,6 +75,10 @@ class Metrics:
         self.completion_tokens = counter("completion_tokens", "Tokens generated")
         self.steered_tokens = counter("steered_tokens", "Tokens whose hidden state was steered")
         self.steered_requests = counter("steered_requests", "Requests that asked for steering")
+        self.generations_logged = counter("generations_logged", "Choices in the generation log")
+        self.generations_not_logged = counter(
+            "generations_not_logged", "Choices the generation log has not", ("reason",)
+        )
         self.first_token = histogram(
             "time_to_first_token_seconds", "From request to first token", _FIRST_TOKEN_S
         )

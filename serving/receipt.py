@@ -26,6 +26,10 @@ class Receipt:
             runtime = delta.steering or {"steered_tokens": 0, "gates": []}
             self._choices[index] = {"index": index, **runtime}
 
+    def short(self) -> dict[str, Any]:
+        """Return which steering it was, without doses and what came of it, plain JSON."""
+        return {key: self._plan.receipt[key] for key in ("fingerprint", "applied")}
+
     def body(self) -> dict[str, Any]:
         """Return the receipt, plain JSON."""
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,6 +41,15 @@ class ServerSettings(BaseModel):
     max_stop: int = Field(16, ge=1, description="Most stop strings")
     request_timeout_s: float = Field(
         600.0, gt=0, allow_inf_nan=False, description="Longest a request may take, queue included"
+    )
+
+    log_generations: Path | None = Field(
+        None,
+        description="Append prompts and answers to this file, a JSON line a choice, to train "
+        "classifiers on; it then holds what people write",
+    )
+    log_generations_max_bytes: int = Field(
+        1024 * MiB, ge=1024, description="Size at which that file is added to no more, bytes"
     )
 
     attribution_max_queue: int = Field(

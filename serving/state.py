@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 
 from trimtab.serving.attribution_jobs import AttributionJobs
 from trimtab.serving.engines.base import Engine, EngineInfo
+from trimtab.serving.generation_log import GenerationLog
 from trimtab.serving.lifecycle import Lifecycle
 from trimtab.serving.metrics import Metrics
 from trimtab.serving.settings import ServerSettings
@@ -26,6 +27,7 @@ class ServerState:
     lifecycle: Lifecycle
     metrics: Metrics
     attributions: AttributionJobs
+    generation_log: GenerationLog | None = None
     started: int = field(default=0)
 
     @property

@@ -115,13 +115,12 @@ class Guidance:
             norm: typical |h| there.
         """
         term, labels = self.term, self.artifact.labels
-        weights = [term.decay**k for k in range(term.steps)]
         whole = self.dose if term.reflect else self.dose * norm
         return Guide(
             reader=reader_at(self.artifact, layer),
             toward=tuple(sorted(labels.index(label) for label in term.target)),
             away=tuple(sorted(labels.index(label) for label in term.avoid)),
-            sizes=tuple(whole * weight / sum(weights) for weight in weights),
+            sizes=steps_of(whole, n_steps=term.steps, decay=term.decay),
             loss=term.loss,
             step="reflect" if term.reflect else "unit",
             picks_rival=term.avoid_rival,
@@ -153,3 +152,9 @@ class Guidance:
         if term.over_dose:
             entry["over_dose"] = True
         return entry
+
+
+def steps_of(whole: float, *, n_steps: int, decay: float) -> tuple[float, ...]:
+    """Return the sizes of steps that share a length, each `decay` times the one before."""
+    weights = [decay**k for k in range(n_steps)]
+    return tuple(whole * weight / sum(weights) for weight in weights)

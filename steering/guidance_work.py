@@ -23,6 +23,7 @@ class GuidanceWork:
         rows: each one's row of the goals' table, `[n]`, int64.
         parts: each one's part, whose gate holds for it, `[n]`, int64.
         n_steps: the most steps any of them takes.
+        has_rival, has_until, has_norm: whether any of them asks for it.
     """
 
     lead: Guide
@@ -30,6 +31,9 @@ class GuidanceWork:
     rows: torch.Tensor
     parts: torch.Tensor
     n_steps: int
+    has_rival: bool
+    has_until: bool
+    has_norm: bool
 
     def apply(
         self, hidden: torch.Tensor, *, bank: Bank, gates: torch.Tensor | None
@@ -47,7 +51,16 @@ class GuidanceWork:
             mine = gates if self.index is None else gates.index_select(0, self.index)
             goals = goals.times(mine.gather(1, self.parts.unsqueeze(1)))
         states = hidden if self.index is None else hidden.index_select(0, self.index)
-        guided = guide(states, classifier, goals, loss=self.lead.loss, step=self.lead.step)
+        guided = guide(
+            states,
+            classifier,
+            goals,
+            loss=self.lead.loss,
+            step=self.lead.step,
+            has_rival=self.has_rival,
+            has_until=self.has_until,
+            has_norm=self.has_norm,
+        )
         return guided if self.index is None else hidden.index_copy(0, self.index, guided)
 
 
@@ -87,15 +100,19 @@ def _work(
     index = np.concatenate([inside for inside, _, _, _ in members])
     rows = np.repeat([row for _, row, _, _ in members], counts)
     parts = np.repeat([part for _, _, part, _ in members], counts)
+    guides = [one for _, _, _, one in members]
     is_whole = len(index) == n_tokens and bool((np.diff(index) == 1).all())
 
     def on_device(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(bank.device)
 
     return GuidanceWork(
-        lead=members[0][3],
+        lead=guides[0],
         index=None if is_whole else on_device(index),
         rows=on_device(rows),
         parts=on_device(parts),
-        n_steps=max(len(one.sizes) for _, _, _, one in members),
+        n_steps=max(len(one.sizes) for one in guides),
+        has_rival=any(one.picks_rival for one in guides),
+        has_until=any(one.until is not None for one in guides),
+        has_norm=any(one.keeps_norm for one in guides),
     )

@@ -12,10 +12,7 @@ def receipt_line(receipt: dict[str, Any]) -> str:
     Args:
         receipt: of an answer, or of POST /v1/steering/check.
     """
-    terms = ", ".join(
-        f"{term['scale']:+g} {term['id']}" + (" ablated" if term["kind"] == "ablation" else "")
-        for term in receipt["applied"]
-    )
+    terms = ", ".join(map(_term, receipt["applied"]))
     doses = receipt["dose"].values()
     if not receipt["layers"]:
         return f"{terms}: scale 0 changes nothing"
@@ -26,6 +23,18 @@ def receipt_line(receipt: dict[str, Any]) -> str:
     if steered:
         parts.append(f"{sum(steered)} tokens steered")
     return ", ".join(parts)
+
+
+def _term(term: dict[str, Any]) -> str:
+    if term["kind"] in ("vector", "ablation"):
+        return f"{term['scale']:+g} {term['id']}" + (" ablated" * (term["kind"] == "ablation"))
+    away = [*term["avoid"], *(["its rival"] if term["avoid_rival"] else [])]
+    pieces = [f"toward {' and '.join(term['target'])}"] if term["target"] else []
+    if away:
+        verb = "with {} turned around" if term["kind"] == "reflection" else "away from {}"
+        pieces.append(verb.format(" and ".join(away)))
+    scale = "uncalibrated" if term["scale"] is None else f"{term['scale']:g}"
+    return f"{scale} {term['id']} {', '.join(pieces)}"
 
 
 def spans(layers: Sequence[int]) -> str:

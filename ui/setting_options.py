@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import annotated_types
@@ -19,7 +20,7 @@ def setting_options(model: type[BaseModel], *, but: Iterable[str] = ()) -> Decor
     """Return a decorator that adds an option for each field.
 
     A field in `_bytes` becomes an option in MiB (`--max-body-mb`), one in `_s` loses the unit
-    (`--request-timeout SECONDS`), a boolean becomes a pair (`--x / --no-x`).
+    (`--request-timeout SECONDS`), a boolean becomes a pair (`--x / --no-x`), a path takes a FILE.
 
     Args:
         model: the settings.
@@ -60,6 +61,9 @@ def _option(name: str, field: FieldInfo) -> Decorator:
     parameter = _parameter(name)
     flag = "--" + parameter.replace("_", "-")
     text = f"{field.description}."
+    if field.annotation == Path | None:
+        file = click.Path(dir_okay=False, path_type=Path)
+        return click.option(flag, parameter, type=file, metavar="FILE", help=text)
     if field.annotation is bool:
         pair = f"{flag}/--no-{parameter.replace('_', '-')}"
         return click.option(pair, parameter, default=field.default, show_default=True, help=text)

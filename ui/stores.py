@@ -37,13 +37,17 @@ def all_stores() -> list[Store]:
     return [Store(folder) for folder in folders]
 
 
-def check_vectors(store: Store, spec: SteeringSpec) -> None:
-    """Look up every vector that a spec names, so that a mistyped one is known at once.
+def check_names(store: Store, spec: SteeringSpec) -> None:
+    """Look up everything that a spec names, so that a mistyped id is known at once.
 
     Raises:
         NotFoundError: there is none of that id.
     """
     terms: list[VectorTerm | AblateTerm] = [*spec.vectors, *spec.ablate]
-    gates = [when for when in (spec.when, *(term.when for term in terms)) if when is not None]
-    for name in [*(term.id for term in terms), *(gate.probe for gate in gates)]:
+    gated = [spec.when, *(term.when for term in (*terms, *spec.guidance))]
+    probes = [when.probe.partition("/") for when in gated if when is not None]
+    for name in [*(term.id for term in terms), *(name for name, _, label in probes if not label)]:
         store.vector(name)
+    followed = [term.classifier for term in spec.guidance]
+    for name in [*followed, *(name for name, _, label in probes if label)]:
+        store.classifier(name)

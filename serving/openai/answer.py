@@ -117,6 +117,20 @@ class Answer(abc.ABC):
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._cached.values())),
         )
 
+    def logged_facts(self, index: int) -> dict[str, Any]:
+        """Return what the generation log holds of choice `index` beside its text, plain JSON."""
+        return {
+            **{key: self._common[key] for key in ("id", "created", "model")},
+            "index": index,
+            **self._asked(index),
+            "metadata": self.request.metadata,
+            "steering": None if self._receipt is None else self._receipt.short(),
+        }
+
+    @abc.abstractmethod
+    def _asked(self, index: int) -> dict[str, Any]:
+        """Return what choice `index` answers: `messages` or `prompt`, as the client wrote it."""
+
     @abc.abstractmethod
     def _collect(self, index: int, delta: Delta) -> None:
         """Take in a delta of a whole answer."""

@@ -10,6 +10,7 @@ from trimtab.serving.errors import RequestError
 from trimtab.serving.openai.attribution_options import Answer, AttributionOptions
 from trimtab.serving.openai.chat_request import Message, check_messages
 from trimtab.serving.openai.generation_request import Label, Steering
+from trimtab.serving.openai.request_metadata import Metadata
 
 EXAMPLES: dict[str, Any] = {
     "contrast": {
@@ -61,7 +62,7 @@ class AttributionRequest(AttributionOptions):
     stream: bool = Field(False, description="Send progress as events, the result as the last")
     steering: Steering = None
     user: Label = None
-    metadata: Label = None
+    metadata: Metadata | None = None
 
     @model_validator(mode="before")
     @classmethod

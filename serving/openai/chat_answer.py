@@ -65,6 +65,10 @@ class ChatAnswer(Answer):
         found = self._attributions.get(index)
         return {} if found is None else {"attribution": found}
 
+    def _asked(self, index: int) -> dict[str, Any]:
+        turns = self.request.messages
+        return {"messages": [{"role": turn.role, "content": turn.text} for turn in turns]}
+
     def _collect(self, index: int, delta: Delta) -> None:
         self._texts[index] += delta.text
         self._logprobs[index].extend(delta.logprobs)

@@ -20,7 +20,7 @@ from trimtab.steering.plan import Plan, ProbeRow, Reader
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its tokens, its text for an echo, and the text of its first token."""
+    """One prompt: its tokens, its text for an echo or the log, and its first token's text."""
 
     ids: tuple[int, ...]
     text: str
@@ -72,6 +72,9 @@ class CompletionAnswer(Answer):
 
     def _prompt_of(self, index: int) -> Prompt:
         return self._prompts[index // self.request.n]
+
+    def _asked(self, index: int) -> dict[str, Any]:
+        return {"prompt": self._prompt_of(index).text}
 
     def _collect(self, index: int, delta: Delta) -> None:
         choice = self._choices[index]

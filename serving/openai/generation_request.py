@@ -16,6 +16,7 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from trimtab.serving.errors import RequestError
+from trimtab.serving.openai.request_metadata import Metadata
 from trimtab.serving.openai.unsupported import LABELS, refuse_unsupported
 from trimtab.serving.sampling import MAX_LOGPROBS, SamplingParams
 from trimtab.steering.errors import did_you_mean, listed
@@ -96,7 +97,7 @@ class GenerationRequest(StrictModel):
     )
     # Labels of the sender's: kept off the schema, without effect on the answer.
     user: Label = None
-    metadata: Label = None
+    metadata: Metadata | None = None
     safety_identifier: Label = None
     prompt_cache_key: Label = None
 

@@ -9,7 +9,8 @@ from typing import Any
 from trimtab.serving.errors import RequestError
 from trimtab.steering.errors import did_you_mean, listed
 
-# Taken and without effect on the answer: they label a request for its sender.
+# Taken and without effect on the answer: they label a request for its sender. Only `metadata` is
+# kept, in the generation log.
 LABELS = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 
 # The only values that mean what trimtab does anyway.

@@ -35,7 +35,8 @@ async def completions(http: HttpRequest, server: Server) -> Response:
     raw = read_prompts(
         request.prompt, max_prompts=server.settings.max_prompts, vocab_size=vocab_size
     )
-    prompts = await run_in_threadpool(_tokenised, server.info, raw, echo=request.echo)
+    is_shown = request.echo or server.generation_log is not None
+    prompts = await run_in_threadpool(_tokenised, server.info, raw, is_shown=is_shown)
     requests = sequences(
         server,
         request,
@@ -58,7 +59,7 @@ async def completions(http: HttpRequest, server: Server) -> Response:
 
 
 def _tokenised(
-    info: EngineInfo, raw: list[tuple[str, str | tuple[int, ...]]], *, echo: bool
+    info: EngineInfo, raw: list[tuple[str, str | tuple[int, ...]]], *, is_shown: bool
 ) -> list[Prompt]:
     tokenizer, most = info.tokenizer, info.max_context
     prompts = []
@@ -68,7 +69,7 @@ def _tokenised(
             if isinstance(given, str)
             else given
         )
-        if not echo:
+        if not is_shown:
             prompts.append(Prompt(ids=ids, text="", first_token=""))
             continue
         shown = given if isinstance(given, str) else tokenizer.decode(ids, skip_special_tokens=True)

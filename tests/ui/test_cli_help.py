@@ -97,6 +97,7 @@ FLAGS = {
     "max_body_bytes": "max_body_mb",
     "max_upload_bytes": "max_upload_mb",
     "request_timeout_s": "request_timeout",
+    "log_generations_max_bytes": "log_generations_max_mb",
 }
 
 

@@ -189,10 +189,10 @@ def attribute(
 
 def _spec(steer: str, model: str) -> SteeringSpec:
     from trimtab.steering.spec import parse_spec
-    from trimtab.ui.stores import check_vectors, store_of
+    from trimtab.ui.stores import check_names, store_of
 
     spec = parse_spec(steer, path="--steer")
-    check_vectors(store_of(model), spec)
+    check_names(store_of(model), spec)
     return spec
 
 

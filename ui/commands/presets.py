@@ -9,7 +9,7 @@ import click
 
 from trimtab.ui.help_page import HelpfulGroup
 from trimtab.ui.options import json_option, model_option
-from trimtab.ui.stores import check_vectors, model_id, store_of
+from trimtab.ui.stores import check_names, model_id, store_of
 from trimtab.ui.terminal import next_steps, out, out_json, say, table
 
 
@@ -66,7 +66,7 @@ def save(name: str, expression: str, model: str, overwrite: bool) -> None:
     store = store_of(model)
     check_id(name)
     spec = parse_spec(expression, path="the expression")
-    check_vectors(store, spec)
+    check_names(store, spec)
     if name in store.presets() and not overwrite:
         raise ArtifactError(f"There is a preset {name!r} already; replace it with --overwrite.")
     store.put_preset(name, spec)

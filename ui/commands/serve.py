@@ -231,6 +231,8 @@ def _say_ready(
         _fact("NOT READ", f"{file}: {problem}")
     dose = "any" if settings.max_dose is None else f"up to {settings.max_dose:g} |h| a layer"
     _fact("dose", dose)
+    if settings.log_generations is not None:
+        _fact("log", f"prompts and answers, to {settings.log_generations}")
     url = _url(listening)
     say(
         styled(f"Ready: {url}/v1", "bold", stream=sys.stderr) + f"   docs {url}/docs   Ctrl-C stops"

@@ -1,0 +1,205 @@
+"""How far a classifier may steer before text falls apart, found for each label set.
+
+Greedy answers to neutral questions are generated at a dose and judged by `training.coherence`; the
+largest dose at which few enough fall apart is kept. Past it the fall is sharp (K-Steering's own
+grids go from 90 % success to collapse within a quarter of the step size), so requests over it are
+refused unless they say that they mean it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from trimtab.steering.classifier import ClassifierArtifact, SafeDose
+from trimtab.steering.errors import DataError
+from trimtab.steering.guidance import steps_of
+from trimtab.steering.lookup import reader_at
+from trimtab.steering.plan import Guide, LayerTerm, Plan, plan_of
+from trimtab.training.calibration import Progress
+from trimtab.training.coherence import MAX_SHARE, Coherence, largest_dose
+from trimtab.training.scoring import answer_of
+from trimtab.training.steered_model import SteeredModel
+from trimtab.training.vectors.neutral import neutral_questions
+
+_LOW, _HIGH = 0.02, 1.5
+_REFLECTIONS = (1.0, 0.75, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """What a request may ask of a classifier; see `SafeDose` for the fields."""
+
+    target: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
+    picks_rival: bool = False
+    is_reflection: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", tuple(sorted(self.target)))
+        object.__setattr__(self, "avoid", tuple(sorted(self.avoid)))
+
+    def __str__(self) -> str:
+        words = [*self.target, *(f"-{label}" for label in self.avoid)]
+        if self.picks_rival:
+            words.append("-rival")
+        return " ".join(words) + (" (reflected)" if self.is_reflection else "")
+
+
+@dataclass(frozen=True)
+class DoseBudget:
+    """What finding the doses may spend and accept.
+
+    Attributes:
+        max_share: share of generations that may fall apart.
+        n_prompts: neutral questions to answer.
+        n_tokens: length of each answer.
+        n_evaluations: doses tried for the first label set; four, near its dose, for the others.
+    """
+
+    max_share: float = MAX_SHARE
+    n_prompts: int = 40
+    n_tokens: int = 32
+    n_evaluations: int = 7
+
+
+def default_label_sets(labels: Sequence[str], *, with_pairs: bool = False) -> list[LabelSet]:
+    """Return the sets to calibrate: each label sought, avoided and reflected.
+
+    Args:
+        labels: the classifier's.
+        with_pairs: seek each pair as well; without, a pair gets the smallest dose measured.
+    """
+    singles = [LabelSet(target=(label,)) for label in labels]
+    avoided = [LabelSet(avoid=(label,)) for label in labels]
+    reflected = [LabelSet(avoid=(label,), is_reflection=True) for label in labels]
+    pairs = [LabelSet(target=pair) for pair in itertools.combinations(labels, 2)]
+    return [*singles, *avoided, *reflected, *(pairs if with_pairs else [])]
+
+
+def calibrate_doses(
+    host: SteeredModel,
+    classifier: ClassifierArtifact,
+    *,
+    label_sets: Sequence[LabelSet] | None = None,
+    budget: DoseBudget | None = None,
+    progress: Progress | None = None,
+) -> ClassifierArtifact:
+    """Return the classifier with the largest safe dose of each label set at its default layers.
+
+    Args:
+        host: the model.
+        classifier: what to calibrate; doses of other label sets that it has are kept.
+        label_sets: which; None takes `default_label_sets`.
+        budget: what may be spent and accepted.
+        progress: told of the label sets done.
+
+    Raises:
+        DataError: a label the classifier does not have, or a model that falls apart unsteered.
+    """
+    budget = budget or DoseBudget()
+    wanted = list(default_label_sets(classifier.labels) if label_sets is None else label_sets)
+    for one in wanted:
+        unknown = {*one.target, *one.avoid} - set(classifier.labels)
+        if unknown:
+            raise DataError(
+                f"Classifier {classifier.id!r} has no label {sorted(unknown)[0]!r}; it has "
+                f"{', '.join(classifier.labels)}."
+            )
+    prompts = _prompts(host, budget.n_prompts)
+    coherence = Coherence.fit(host, prompts, n_tokens=budget.n_tokens)
+
+    def share(plan: Plan | None) -> float:
+        return coherence.incoherent_share(host, prompts, plan, n_tokens=budget.n_tokens)
+
+    unsteered = share(None)
+    if unsteered > budget.max_share:
+        raise DataError(
+            f"The unsteered model falls apart on {unsteered:.0%} of the neutral questions; no dose "
+            f"can stay under {budget.max_share:.0%}."
+        )
+    found, curves = [], []
+    low, high, n_evaluations = _LOW, _HIGH, budget.n_evaluations
+    for done, one in enumerate(wanted):
+        tried: dict[float, float] = {}
+
+        def share_at(dose: float, one: LabelSet = one, tried: dict[float, float] = tried) -> float:
+            tried[dose] = share(plan_at(host, classifier, one, dose))
+            return tried[dose]
+
+        if one.is_reflection:
+            fits = (dose for dose in _REFLECTIONS if share_at(dose) <= budget.max_share)
+            dose = next(fits, 0.0)
+        else:
+            dose = largest_dose(
+                share_at,
+                low=low,
+                high=high,
+                limit=budget.max_share,
+                n_evaluations=n_evaluations,
+            )
+            if dose > 0:  # unit steps of one classifier break text at doses not far apart
+                low, high, n_evaluations = dose / 2, dose * 2, min(4, n_evaluations)
+        found.append(SafeDose(**asdict(one), dose=dose))
+        curve = [[round(x, 5), round(tried[x], 4)] for x in sorted(tried)]
+        curves.append({**asdict(one), "dose": round(dose, 6), "curve": curve})
+        if progress is not None:
+            progress("finding doses", done + 1, len(wanted))
+    fresh = {_key(entry) for entry in found}
+    kept = [entry for entry in classifier.doses if _key(entry) not in fresh]
+    record: dict[str, Any] = {
+        "criteria": asdict(budget),
+        "limits": {name: round(x, 6) for name, x in asdict(coherence).items()},
+        "unsteered_share": round(unsteered, 4),
+        "label_sets": curves,
+    }
+    return replace(classifier, doses=(*kept, *found), calibration=record)
+
+
+def plan_at(
+    host: SteeredModel,
+    classifier: ClassifierArtifact,
+    labels: LabelSet,
+    dose: float,
+    *,
+    n_steps: int = 1,
+    decay: float = 1.0,
+) -> Plan:
+    """Return the plan that guides every token toward a label set at a dose.
+
+    Args:
+        host: the model.
+        classifier: guides at its default layers.
+        labels: where to.
+        dose: relative to |h|; of a reflection the share turned.
+        n_steps: steps that share the dose.
+        decay: length of a step relative to the one before.
+    """
+    layers = {}
+    for layer in classifier.default_layers:
+        norm = 1.0 if labels.is_reflection else float(host.profile.hidden_norms[layer])
+        guide = Guide(
+            reader=reader_at(classifier, layer),
+            toward=tuple(classifier.labels.index(x) for x in labels.target),
+            away=tuple(classifier.labels.index(x) for x in labels.avoid),
+            sizes=steps_of(dose * norm, n_steps=n_steps, decay=decay),
+            step="reflect" if labels.is_reflection else "unit",
+            picks_rival=labels.picks_rival,
+        )
+        layers[layer] = LayerTerm(guides=(guide,))
+    return plan_of(layers)
+
+
+def _prompts(host: SteeredModel, n: int) -> list[tuple[int, ...]]:
+    """Return neutral questions as tokens, of as few lengths as will do: each is a batch."""
+    answers = [answer_of(host.tokenizer, question, "") for question in neutral_questions()]
+    prompts = [answer.ids[: answer.n_prompt] for answer in answers]
+    counts = Counter(map(len, prompts))
+    return sorted(prompts, key=lambda ids: (-counts[len(ids)], len(ids)))[:n]
+
+
+def _key(entry: SafeDose) -> tuple[Any, ...]:
+    return entry.target, entry.avoid, entry.picks_rival, entry.is_reflection
