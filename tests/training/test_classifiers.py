@@ -340,6 +340,7 @@ def test_several_rows_a_text(host, position):
     # A prompt's last token is the same whatever its answer: one row in eight can only be guessed.
     assert last["accuracy"] > (0.95 if position == "answer" else 0.8)
     assert last["n"] > made.data["n_held"]
+    assert len({sum(row) for row in last["confusion"]}) == 1  # answers of one question are as long
     assert made.settings["position"] == position
 
 
