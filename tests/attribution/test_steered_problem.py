@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from toy_question import toy_problem, toy_subject
@@ -12,7 +14,16 @@ from trimtab.attribution.subject import Subject
 from trimtab.kernels import Classifier
 from trimtab.steering.bank import Bank
 from trimtab.steering.model.hooks import captured, steered
-from trimtab.steering.plan import Gate, LayerTerm, Part, Plan, Reader, additive_plan, fingerprint_of
+from trimtab.steering.plan import (
+    Gate,
+    Guide,
+    LayerTerm,
+    Part,
+    Plan,
+    Reader,
+    additive_plan,
+    fingerprint_of,
+)
 from trimtab.steering.step import Span, SteeredRequest, SteerStep
 from trimtab.steering.window import Window
 
@@ -29,6 +40,18 @@ def adding(seed: int, *, normalize: bool = False) -> LayerTerm:
 def ablating(seed: int) -> LayerTerm:
     row = direction(seed).unsqueeze(0)
     return LayerTerm(None, row, row, False)
+
+
+def guiding(seed: int, *, n_steps: int = 1) -> LayerTerm:
+    g = torch.Generator().manual_seed(seed)
+    sizes = (WIDTH, 12, 12, 3)
+    pairs = [
+        (torch.randn(m, n, generator=g) / n**0.5, torch.randn(m, generator=g))
+        for n, m in itertools.pairwise(sizes)
+    ]
+    network = Classifier.of(pairs, is_exclusive=True)
+    reader = Reader("tone", 0, network, ("a", "b", "c"), f"tone-{seed}")
+    return LayerTerm(guides=(Guide(reader, (0,), (2,), (0.5,) * n_steps, loss="softmax"),))
 
 
 def gate(layer: int, *, per_prompt: bool, seed: int = 9, intercept: float = 0.0) -> Gate:
@@ -49,6 +72,9 @@ PLANS = {
     "additive": plan((ALL, None, {0: adding(0), 1: adding(1)})),
     "norm": plan((ALL, None, {0: adding(0, normalize=True)})),
     "ablation": plan((ALL, None, {0: ablating(2), 1: ablating(3)})),
+    "guidance": plan((ALL, None, {0: guiding(5), 1: guiding(6, n_steps=3)})),
+    "guidance of the answer": plan((Window(prompt=False), None, {0: guiding(5, n_steps=2)})),
+    "gated guidance": plan((ALL, gate(0, per_prompt=False), {0: guiding(5), 1: adding(0)})),
     "prompt only": plan((Window(generation=False), None, {0: adding(0)})),
     "answer only": plan((Window(prompt=False), None, {0: ablating(0)})),
     "after the first": plan((Window(prompt=False, after=1), None, {0: adding(0)})),

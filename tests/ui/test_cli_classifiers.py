@@ -51,7 +51,7 @@ def test_train_show_and_eval(trimtab, toy_folder, texts):
     """Catches a trained classifier that cannot be found, or measures that are not its own."""
     model = ("--model", str(toy_folder))
     done = trimtab("classifiers", "train", "--texts", texts, "--id", "tone", "--hidden", "16",
-                   "--layers", "1", "--seed", "2", *model)  # fmt: skip
+                   "--layers", "1", "--seed", "2", "--no-calibrate", *model)  # fmt: skip
     assert done.code == 0, done.err
     assert done.out == ""
     assert "Trained tone on 24 texts and 8 to validate" in done.err
@@ -77,7 +77,7 @@ def test_train_show_and_eval(trimtab, toy_folder, texts):
 
 def test_train_on_instructions_and_on_a_log(trimtab, toy_folder, tmp_path):
     """Catches a source that cannot be reached from the command line, or rows dropped unsaid."""
-    model = ("--model", str(toy_folder), "--layers", "0,1", "--hidden", "16")
+    model = ("--model", str(toy_folder), "--layers", "0,1", "--hidden", "16", "--no-calibrate")
     styles = tmp_path / "styles.json"
     styles.write_text(json.dumps({"a": "AAAA", "z": "ZZZZ"}), encoding="utf-8")
     asked = written(tmp_path / "asked.jsonl", [{"text": f"q{i}"} for i in range(12)])
@@ -118,9 +118,32 @@ def test_any_number_of_labels(trimtab, toy_folder, tmp_path):
     assert done.code == 1
     assert "--multi-label" in done.err
     done = trimtab("classifiers", "train", "--texts", texts, "--id", "many", "--multi-label",
-                   "--hidden", "16", "--layers", "1", *model)  # fmt: skip
+                   "--hidden", "16", "--layers", "1", "--no-calibrate", *model)  # fmt: skip
     assert done.code == 0, done.err
     assert "rightly not" in trimtab("classifiers", "show", "many", *model).out
+
+
+def test_calibrate(trimtab, toy_folder, texts, monkeypatch):
+    """Catches doses that are found and not stored, or stored for other labels than were named."""
+    model = ("--model", str(toy_folder))
+    monkeypatch.setattr(
+        "trimtab.training.coherence.Coherence.incoherent_share",
+        lambda self, host, prompts, plan, **_: 0.0 if plan is None else 0.04,
+    )
+    trimtab("classifiers", "train", "--texts", texts, "--id", "tone", "--hidden", "8",
+            "--layers", "1", "--no-calibrate", *model)  # fmt: skip
+    sets = ("--labels", "early,-late", "--labels", "late,-rival", "--prompts", "20")
+    done = trimtab("classifiers", "calibrate", "tone", *sets, *model)
+    assert done.code == 0, done.err
+    assert "Calibrated 2 label sets of tone" in done.err
+    doses = trimtab("classifiers", "show", "tone", "--json", *model).json["doses"]
+    named = [(d["target"], d["avoid"], d["picks_rival"]) for d in doses]
+    assert named == [(["early"], ["late"], False), (["late"], [], True)]
+    assert "late" in trimtab("classifiers", "show", "tone", *model).out
+    unknown = trimtab("classifiers", "calibrate", "tone", "--labels", "early,-middle", *model)
+    assert (unknown.code, "middle" in unknown.err) == (1, True)
+    both = trimtab("classifiers", "calibrate", "tone", "--labels", "early", "--pairs", *model)
+    assert both.code == 2
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -122,7 +122,7 @@ def calibrate_doses(
             f"can stay under {budget.max_share:.0%}."
         )
     found, curves = [], []
-    low, high, n_evaluations = _LOW, _HIGH, budget.n_evaluations
+    near: float | None = None
     for done, one in enumerate(wanted):
         tried: dict[float, float] = {}
 
@@ -134,15 +134,8 @@ def calibrate_doses(
             fits = (dose for dose in _REFLECTIONS if share_at(dose) <= budget.max_share)
             dose = next(fits, 0.0)
         else:
-            dose = largest_dose(
-                share_at,
-                low=low,
-                high=high,
-                limit=budget.max_share,
-                n_evaluations=n_evaluations,
-            )
-            if dose > 0:  # unit steps of one classifier break text at doses not far apart
-                low, high, n_evaluations = dose / 2, dose * 2, min(4, n_evaluations)
+            dose = _largest(share_at, near=near, budget=budget)
+            near = dose or near
         found.append(SafeDose(**asdict(one), dose=dose))
         curve = [[round(x, 5), round(tried[x], 4)] for x in sorted(tried)]
         curves.append({**asdict(one), "dose": round(dose, 6), "curve": curve})
@@ -191,6 +184,25 @@ def plan_at(
         )
         layers[layer] = LayerTerm(guides=(guide,))
     return plan_of(layers)
+
+
+def _largest(
+    share_at: Callable[[float], float], *, near: float | None, budget: DoseBudget
+) -> float:
+    """Return the largest dose, looked for near another set's first: few sets differ by much."""
+    if near is not None:
+        dose = largest_dose(
+            share_at, low=near / 2, high=near * 2, limit=budget.max_share, n_evaluations=4
+        )
+        if dose > 0:
+            return dose
+    return largest_dose(
+        share_at,
+        low=_LOW,
+        high=_HIGH if near is None else near / 2,
+        limit=budget.max_share,
+        n_evaluations=budget.n_evaluations,
+    )
 
 
 def _prompts(host: SteeredModel, n: int) -> list[tuple[int, ...]]:

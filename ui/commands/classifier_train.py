@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from trimtab.steering.errors import DataError
 from trimtab.ui.commands.artifact_files import CLASSIFIER, check_is_free, model_flag
 from trimtab.ui.commands.classifier_look import confusion_table, scores_table, summary
 from trimtab.ui.example_source import example_options, read_examples
@@ -75,6 +76,12 @@ def _layers_option(text: str) -> Any:
     help="Tokens to read: a text's last, its answer's, or those and the one before.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the split and the weights.")
+@click.option(
+    "--calibrate/--no-calibrate",
+    default=True,
+    show_default=True,
+    help="Find how far each label may be steered; takes most of the time.",
+)
 @click.option("--description", default="", metavar="TEXT", help="A sentence for people.")
 @click.option("--overwrite", is_flag=True, help="Replace a classifier of the same id.")
 @model_option
@@ -92,6 +99,7 @@ def train(
     multi_label: bool,
     position: str,
     seed: int,
+    calibrate: bool,
     description: str,
     overwrite: bool,
     model: str,
@@ -112,7 +120,11 @@ def train(
 
     began = time.perf_counter()
     with stages() as stage:
-        host = _loaded(stage, model, device=device, dtype=dtype)
+
+        def progress(name: str, done: int, total: int) -> None:
+            stage(name.capitalize(), done, total)
+
+        host = loaded_model(stage, model, device=device, dtype=dtype)
         from trimtab.training.classifiers.build import build_classifier
 
         classifier = build_classifier(
@@ -126,8 +138,18 @@ def train(
             position=cast("Position", position),
             seed=seed,
             description=description,
-            progress=lambda name, done, total: stage(name.capitalize(), done, total),
+            progress=progress,
         )
+        if calibrate:
+            from trimtab.training.classifiers.doses import calibrate_doses
+
+            store.put_classifier(classifier)
+            try:
+                classifier = calibrate_doses(host, classifier, progress=progress)
+            except DataError as error:
+                raise DataError(
+                    f"{classifier_id} is trained and stored, but not calibrated: {error}"
+                ) from None
     store.put_classifier(classifier)
     seconds = time.perf_counter() - began
     counts = [classifier.data[f"n_{side}"] for side in ("fit", "validation", "held")]
@@ -139,7 +161,7 @@ def train(
     next_steps(f"trimtab classifiers show {classifier_id}{model_flag(model)}")
 
 
-def _loaded(stage: Stages, model: str, *, device: str, dtype: str) -> SteeredModel:
+def loaded_model(stage: Stages, model: str, *, device: str, dtype: str) -> SteeredModel:
     """Return a model to read."""
     from trimtab.steering.model.loading import load_model
     from trimtab.steering.model.profile import profile_model
@@ -197,7 +219,7 @@ def eval_(
 
     check_fits(classifier, data, layers=layers)
     with stages() as stage:
-        host = _loaded(stage, model, device=device, dtype=dtype)
+        host = loaded_model(stage, model, device=device, dtype=dtype)
         found = measure_classifier(
             host,
             classifier,

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import click
 
-from trimtab.ui.commands import classifier_files, classifier_look, classifier_train
+from trimtab.ui.commands import (
+    classifier_calibrate,
+    classifier_files,
+    classifier_look,
+    classifier_train,
+)
 from trimtab.ui.help_page import HelpfulGroup
 
 
@@ -12,6 +17,7 @@ from trimtab.ui.help_page import HelpfulGroup
     cls=HelpfulGroup,
     examples=(
         "trimtab classifiers train --texts tones.jsonl --id tone",
+        "trimtab classifiers calibrate tone",
         "trimtab classifiers list",
         "trimtab classifiers show tone",
         "trimtab classifiers eval tone --texts other_tones.jsonl",
@@ -23,6 +29,7 @@ def classifiers() -> None:
 
 for _command in (
     classifier_train.train,
+    classifier_calibrate.calibrate,
     classifier_look.list_,
     classifier_look.show,
     classifier_train.eval_,
