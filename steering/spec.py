@@ -1,21 +1,20 @@
 """What a request may ask for: the `steering` field of the wire, validated.
 
-A spec is an object, or a string such as `"0.8 honest - 0.3 formal"` for the common case. Unknown
+A spec is an object, or a string (`expression.py`) for the common case. Unknown
 fields, non-finite numbers, doubled aliases and oversized lists are refused with the JSON path.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trimtab.steering.errors import SpecError, did_you_mean, listed
+from trimtab.steering.expression import read_expression
 
 MAX_TERMS = 64
-MAX_EXPRESSION = 16_384
 TERM_KINDS = ("vectors", "ablate", "guidance")
 SCALE_ALIASES = ("strength", "alpha", "coeff", "coefficient", "multiplier")
 MAX_GUIDANCE_LABELS = 16
@@ -242,44 +241,14 @@ def parse_spec(value: Any, *, path: str = "steering") -> SteeringSpec:
         raise _spec_error(error, path=path) from None
 
 
-# Possessive quantifiers: a long run of digits or spaces must not make the match quadratic.
-_TERM = re.compile(
-    r"""\s*+(?P<sign>[+-])?\s*+
-        (?:(?P<scale>(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?)(?:\s*+\*\s*+|\s++))?
-        (?P<id>[A-Za-z][A-Za-z0-9._-]*+)""",
-    re.VERBOSE,
-)
-
-
 def parse_expression(text: str, *, path: str = "steering") -> SteeringSpec:
-    """Read the string form: signed, optionally scaled ids, as in `"0.8 honest - 0.3 formal"`.
+    """Read the string form; see `read_expression`.
 
     Raises:
         SpecError: naming the place in the text where reading stopped.
     """
-    if not text.strip():
-        raise SpecError(f"{path} is an empty string; name at least one vector.", param=path)
-    if len(text) > MAX_EXPRESSION:
-        raise SpecError(
-            f"{path} has {len(text)} characters; at most {MAX_EXPRESSION} are allowed.", param=path
-        )
-    terms: list[dict[str, Any]] = []
-    at = 0
-    while at < len(text.rstrip()):
-        found = _TERM.match(text, at)
-        if found is None or (terms and found["sign"] is None):
-            raise SpecError(
-                f"{path} could not be read at {text[at : at + 20]!r}; write terms such as "
-                '"0.8 honest - 0.3 formal".',
-                param=path,
-            )
-        scale = float(found["scale"] or 1.0)
-        terms.append({"id": found["id"], "scale": -scale if found["sign"] == "-" else scale})
-        at = found.end()
-        if len(terms) > MAX_TERMS:
-            raise SpecError(f"{path} has more than {MAX_TERMS} terms.", param=path)
     try:
-        return SteeringSpec.model_validate({"vectors": terms})
+        return SteeringSpec.model_validate(read_expression(text, path=path, max_terms=MAX_TERMS))
     except ValidationError as error:
         raise _spec_error(error, path=path) from None
 

@@ -35,7 +35,7 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Label = SkipJsonSchema[Any]
 _STOP_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 STEERING_SCHEMA: dict[str, Any] = {
-    "description": 'An object, or a string such as "0.8 honest - 0.3 formal"',
+    "description": 'An object, or a string such as "0.8 honest - tone/casual"',
     "anyOf": [{"$ref": "#/components/schemas/SteeringSpec"}, {"type": "string"}],
 }
 Steering = Annotated[Any, WithJsonSchema(STEERING_SCHEMA)]

@@ -142,8 +142,21 @@ def test_expressions(text: str, expected: list) -> None:
     assert scales(parse_spec(text)) == expected
 
 
+def test_labels_of_one_classifier_are_one_term() -> None:
+    """A term each would be several changes, each of the whole dose."""
+    spec = parse_spec("0.5 tone/warm + 0.8 honest - tone/casual + tone/x-1.b - mood/sad")
+    assert scales(spec) == [("honest", 0.8)]
+    tone, mood = spec.guidance
+    assert (tone.classifier, tone.target, tone.avoid, tone.scale) == (
+        "tone", ["warm", "x-1.b"], ["casual"], 0.5,
+    )  # fmt: skip
+    assert (mood.classifier, mood.target, mood.avoid, mood.scale) == ("mood", [], ["sad"], 1.0)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "  ", "0.8", "a b", "a + ", "a ++ b", "0.8honest", "a; drop", "1,5 a", "é", "-"]
+    "text",
+    ["", "  ", "0.8", "a b", "a + ", "a ++ b", "0.8honest", "a; drop", "1,5 a", "é", "-"]
+    + ["tone/", "/casual", "tone/casual expert", "tone/a/b", "1 tone/a + 2 tone/b", "t/a - t/a"],
 )
 def test_unreadable_expressions_are_refused(text: str) -> None:
     """Reading the part that parses and dropping the rest steers by half of what was asked."""

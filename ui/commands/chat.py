@@ -21,7 +21,8 @@ from trimtab.ui.terminal import next_steps, out, say, styled
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HELP = """/steer EXPR   steer from here on, such as: /steer 1.0 optimistic - 0.5 formal
+HELP = """/steer EXPR   steer from here on, such as: /steer 1.0 optimistic - 0.5 formal,
+             or toward a classifier's labels: /steer tone/empathetic - tone/casual
 /off          stop steering
 /vectors      what there is to steer with
 /new          forget the conversation, keep the steering

@@ -227,6 +227,9 @@ def _say_ready(
         _fact(name, sentence)
     vectors = [vector.id for vector in store.vectors()]
     _fact("vectors", ", ".join(vectors) or "none yet: trimtab vectors build")
+    classifiers = [f"{one.id} ({', '.join(one.labels)})" for one in store.classifiers()]
+    if classifiers:
+        _fact("classifiers", ", ".join(classifiers))
     for file, problem in store.problems.items():
         _fact("NOT READ", f"{file}: {problem}")
     dose = "any" if settings.max_dose is None else f"up to {settings.max_dose:g} |h| a layer"
@@ -241,7 +244,7 @@ def _say_ready(
 
 
 def _fact(name: str, sentence: str) -> None:
-    say(f"  {styled(f'{name:<10}', 'dim', stream=sys.stderr)} {sentence}")
+    say(f"  {styled(f'{name:<11}', 'dim', stream=sys.stderr)} {sentence}")
 
 
 def _url(listening: socket.socket) -> str:
