@@ -1,4 +1,4 @@
-"""The string form of a spec: signed, optionally scaled names, as in `"0.8 honest - tone/casual"`."""
+"""A spec's string form: signed, optionally scaled names, as in `"0.8 honest - tone/casual"`."""
 
 from __future__ import annotations
 
