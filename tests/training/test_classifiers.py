@@ -23,7 +23,7 @@ from trimtab.training.classifiers.build import (
     sweep,
 )
 from trimtab.training.classifiers.evaluate import measure_classifier
-from trimtab.training.classifiers.examples import Example, ExampleSet
+from trimtab.training.classifiers.examples import Example, ExampleSet, tokens_of
 from trimtab.training.classifiers.fit import (
     Labelled,
     Recipe,
@@ -34,9 +34,10 @@ from trimtab.training.classifiers.fit import (
     standardisation,
 )
 from trimtab.training.classifiers.metrics import calibration_error, measures
+from trimtab.training.classifiers.own_answers import own_answers
 from trimtab.training.classifiers.probability_calibration import calibrated
 from trimtab.training.classifiers.states import read_rows, tokens_read
-from trimtab.training.scoring import Answer
+from trimtab.training.scoring import Answer, generate
 from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.pairs import concept
 
@@ -442,3 +443,26 @@ def test_the_sweep_fits_any_depth():
         assert all(0 <= layer < n_layers for layer in layers)
     assert sweep(30)[0] == 7
     assert sweep(30)[-1] == 28
+
+
+def test_own_answers_are_read_behind_the_bare_question(host: SteeredModel) -> None:
+    """An instruction left in the prompt is what the classifier then reads, not the answer."""
+    asked = tuple(
+        Example((("user", f"{label}!\nq{i}"),), "", (label,), group=f"q{i}", is_held=i == 0)
+        for i in range(3)
+        for label in ("SHOUT", "whisper")
+    )
+    told: list[tuple[int, int]] = []
+    made = own_answers(
+        host, ExampleSet("asked", asked), n_tokens=6, progress=lambda *x: told.append(x)
+    )
+    assert told[-1] == (6, 6)
+    assert [e.prompt for e in made.examples] == [(("user", e.group),) for e in made.examples]
+    assert {(e.group, *e.labels, e.is_held) for e in made.examples} <= {
+        (e.group, *e.labels, e.is_held) for e in asked
+    }
+    assert len(made.examples) + made.skipped.get("an empty answer", 0) == 6
+    first = made.examples[0]
+    prompt = tokens_of(host.tokenizer, asked[0], max_context=256).ids
+    (again,) = generate(host, [prompt], 6)
+    assert first.answer == host.tokenizer.decode(again.ids, skip_special_tokens=True).strip()

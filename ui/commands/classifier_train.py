@@ -45,7 +45,8 @@ def _layers_option(text: str) -> Any:
     cls=HelpfulCommand,
     examples=(
         "trimtab classifiers train --texts tones.jsonl --id tone",
-        "trimtab classifiers train --instructions styles.json --questions asked.jsonl --id style",
+        "trimtab classifiers train --instructions styles.json --questions asked.jsonl --id style "
+        "--own-answers 48",
         "trimtab classifiers train --log log.jsonl --label-from metadata.rating --id liked "
         "--kind linear",
     ),
@@ -71,9 +72,16 @@ def _layers_option(text: str) -> Any:
 @click.option(
     "--position",
     type=click.Choice(POSITIONS),
-    default="last",
-    show_default=True,
-    help="Tokens to read: a text's last, its answer's, or those and the one before.",
+    help="Tokens to read: a text's last, its answer's, or those and the one before.  [default: "
+    "answer; last for prompts without one]",
+)
+@click.option(
+    "--own-answers",
+    "n_answer_tokens",
+    type=click.IntRange(1, 512),
+    metavar="TOKENS",
+    help="With --instructions: let the model answer under each, in so many tokens, and read the "
+    "answers behind the bare questions.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the split and the weights.")
 @click.option(
@@ -97,7 +105,8 @@ def train(
     kind: str,
     hidden: int,
     multi_label: bool,
-    position: str,
+    position: str | None,
+    n_answer_tokens: int | None,
     seed: int,
     calibrate: bool,
     description: str,
@@ -115,7 +124,12 @@ def train(
     store = store_of(model)
     check_is_free(CLASSIFIER, store, classifier_id, overwrite=overwrite)
     data = read_examples(texts, instructions, questions, log, label_from)
-    data.check(is_exclusive=not multi_label, needs_answers=position != "last")
+    if n_answer_tokens is not None and instructions is None:
+        raise click.UsageError("--own-answers goes with --instructions and --questions.")
+    has_answers = n_answer_tokens is not None or all(e.answer for e in data.examples)
+    position = position or ("answer" if has_answers else "last")
+    needs_answers = position != "last" and n_answer_tokens is None
+    data.check(is_exclusive=not multi_label, needs_answers=needs_answers)
     data.split(seed=seed)
 
     began = time.perf_counter()
@@ -127,6 +141,15 @@ def train(
         host = loaded_model(stage, model, device=device, dtype=dtype)
         from trimtab.training.classifiers.build import build_classifier
 
+        if n_answer_tokens is not None:
+            from trimtab.training.classifiers.own_answers import own_answers
+
+            data = own_answers(
+                host,
+                data,
+                n_tokens=n_answer_tokens,
+                progress=lambda done, total: stage("Answering", done, total),
+            )
         classifier = build_classifier(
             host,
             data,
