@@ -51,7 +51,8 @@ def test_train_show_and_eval(trimtab, toy_folder, texts):
     """Catches a trained classifier that cannot be found, or measures that are not its own."""
     model = ("--model", str(toy_folder))
     done = trimtab("classifiers", "train", "--texts", texts, "--id", "tone", "--hidden", "16",
-                   "--layers", "1", "--seed", "2", "--no-calibrate", *model)  # fmt: skip
+                   "--layers", "1", "--seed", "2", "--position", "last", "--no-calibrate",
+                   *model)  # fmt: skip
     assert done.code == 0, done.err
     assert done.out == ""
     assert "Trained tone on 24 texts and 8 to validate" in done.err
