@@ -42,6 +42,21 @@ class ModelRef:
     n_layers: int | None
 
 
+def layers_problem(
+    layers: tuple[int, ...], default_layers: tuple[int, ...], model: ModelRef
+) -> str | None:
+    """Return what is wrong with an artifact's layers, or None."""
+    if not layers:
+        return "it has no layers"
+    if list(layers) != sorted(set(layers)) or layers[0] < 0:
+        return f"its layers {layers} are not ascending and distinct"
+    if model.n_layers is not None and layers[-1] >= model.n_layers:
+        return f"layer {layers[-1]} is past the model's {model.n_layers} layers"
+    if not default_layers or not set(default_layers) <= set(layers):
+        return f"its default layers {default_layers} are not among its layers"
+    return None
+
+
 def packed(kind: str, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes:
     """Return an artifact's file.
 

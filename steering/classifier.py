@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trimtab.kernels import Classifier
-from trimtab.steering.artifact import ModelRef, complete_header, packed, unpacked
+from trimtab.steering.artifact import ModelRef, complete_header, layers_problem, packed, unpacked
 from trimtab.steering.errors import ArtifactError
 from trimtab.steering.spec import LABEL_PATTERN
 
@@ -95,12 +95,9 @@ class ClassifierArtifact:
             raise ArtifactError(f"Classifier {self.id!r} is not valid: {problem}.")
 
     def _problem(self) -> str | None:
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            return f"its layers {self.layers} are not ascending and distinct"
-        if self.model.n_layers is not None and self.layers[-1] >= self.model.n_layers:
-            return f"layer {self.layers[-1]} is past the model's {self.model.n_layers} layers"
-        if not self.default_layers or not set(self.default_layers) <= set(self.layers):
-            return f"its default layers {self.default_layers} are not among its layers"
+        problem = layers_problem(self.layers, self.default_layers, self.model)
+        if problem:
+            return problem
         if not 1 <= len(self.labels) <= MAX_LABELS or len(set(self.labels)) != len(self.labels):
             return f"it has {len(self.labels)} labels; 1 to {MAX_LABELS} different ones are allowed"
         for label in self.labels:

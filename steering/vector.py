@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trimtab.steering.artifact import ModelRef, complete_header, packed, unpacked
+from trimtab.steering.artifact import ModelRef, complete_header, layers_problem, packed, unpacked
 from trimtab.steering.errors import ArtifactError
 
 
@@ -58,13 +58,10 @@ class VectorArtifact:
             raise ArtifactError(f"Vector {self.id!r} is not valid: {problem}.")
 
     def _problem(self) -> str | None:
+        problem = layers_problem(self.layers, self.default_layers, self.model)
+        if problem:
+            return problem
         n, width = len(self.layers), self.model.hidden_size
-        if n == 0:
-            return "it has no layers"
-        if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            return f"its layers {self.layers} are not ascending and distinct"
-        if self.model.n_layers is not None and self.layers[-1] >= self.model.n_layers:
-            return f"layer {self.layers[-1]} is past the model's {self.model.n_layers} layers"
         if self.directions.dtype != torch.float32 or tuple(self.directions.shape) != (n, width):
             return (
                 f"its directions are {self.directions.dtype} {tuple(self.directions.shape)}, "
@@ -72,8 +69,6 @@ class VectorArtifact:
             )
         if not torch.isfinite(self.directions).all():
             return "its directions hold NaN or infinity"
-        if not self.default_layers or not set(self.default_layers) <= set(self.layers):
-            return f"its default layers {self.default_layers} are not among its layers"
         if self.probe is not None:
             if self.probe.dtype != torch.float32 or tuple(self.probe.shape) != (n, 2):
                 return "its probe is not a float32 table of slope and intercept per layer"
