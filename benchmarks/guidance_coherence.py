@@ -1,11 +1,11 @@
 """Do default guidance requests stay coherent, and how near is the cliff? On 200 varied questions.
 
-    TRIMTAB_DATA=... python benchmarks/guidance_coherence.py tone       # a calibrated classifier's id
+    TRIMTAB_DATA=... python benchmarks/guidance_coherence.py tone     # a calibrated classifier's id
 
-ToneBank's last 200 questions in file order, of 18 categories. Question i is answered under the i-th of
-the classifier's label sets, each label alone and each pair, at 1, 1.25, 1.5, 2 and 3 times the
-calibrated dose, greedily with 32 tokens. What counts as incoherent is `training.coherence`, its limits
-fitted to the unsteered model's own answers to 60 other questions of the set.
+ToneBank's last 200 questions in file order, of 18 categories. Question i is answered under the i-th
+of the classifier's label sets, each label alone and each pair, at 1, 1.25, 1.5, 2 and 3 times the
+calibrated dose, greedily with 32 tokens. What counts as incoherent is `training.coherence`, its
+limits fitted to the unsteered model's own answers to 60 other questions of the set.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def test_a_huge_tensor_in_a_small_file_is_refused() -> None:
         ({"format_version": 2}, "format version 2"),
         ({"kind": "classifier"}, "classifier"),
         ({"hook": "mlp_output"}, "mlp_output"),
-        ({"layers": [1, 2]}, "expected float32 (2, 8)"),
+        ({"layers": [1, 2, 3, 4]}, "expected float32 (4, 8)"),
         ({"layers": [4, 2, 1]}, "ascending"),
         ({"layers": [-1, 2, 4]}, "ascending"),
         ({"layers": [1, 2, 6]}, "past the model's 6"),
