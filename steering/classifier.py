@@ -57,7 +57,8 @@ class ClassifierArtifact:
         w_in, b_in: `[n_layers, d_in, hidden_size]`, `[n_layers, d_in]`, float32.
         w_mid, b_mid: `[n_layers, d_mid, d_in]`, `[n_layers, d_mid]`; None if it is linear.
         w_out, b_out: `[n_layers, n_labels, d_mid]`, `[n_layers, n_labels]`; None if it is linear.
-        default_layers: layers guided when a request names none; probes read the first.
+        default_layers: layers guided when a request names none.
+        probe_layer: layer that tells held-out texts apart best, read by probes and gates.
         doses: what calibration allows, for the default layers; empty if it was left out.
         settings: training options, plain JSON.
         data: name, hash and counts of the data, plain JSON.
@@ -76,6 +77,7 @@ class ClassifierArtifact:
     w_in: torch.Tensor
     b_in: torch.Tensor
     default_layers: tuple[int, ...]
+    probe_layer: int
     w_mid: torch.Tensor | None = None
     b_mid: torch.Tensor | None = None
     w_out: torch.Tensor | None = None
@@ -98,6 +100,8 @@ class ClassifierArtifact:
         problem = layers_problem(self.layers, self.default_layers, self.model)
         if problem:
             return problem
+        if self.probe_layer not in self.layers:
+            return f"its probe layer {self.probe_layer} is not among its layers"
         if not 1 <= len(self.labels) <= MAX_LABELS or len(set(self.labels)) != len(self.labels):
             return f"it has {len(self.labels)} labels; 1 to {MAX_LABELS} different ones are allowed"
         for label in self.labels:
@@ -179,7 +183,7 @@ class ClassifierArtifact:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of what steering reads: layers, labels, weights, doses. Not the names."""
-        read = [self.layers, self.default_layers, self.labels, self.is_exclusive]
+        read = [self.layers, self.default_layers, self.probe_layer, self.labels, self.is_exclusive]
         h = hashlib.sha256(json.dumps([*read, [asdict(d) for d in self.doses]]).encode())
         for name in _TENSORS:
             tensor = getattr(self, name)
@@ -229,6 +233,7 @@ def from_bytes(data: bytes, *, name: str) -> ClassifierArtifact:
             labels=tuple(str(x) for x in header["labels"]),
             is_exclusive=bool(header["is_exclusive"]),
             default_layers=tuple(int(x) for x in header["default_layers"]),
+            probe_layer=int(header["probe_layer"]),
             doses=tuple(_dose(entry) for entry in header["doses"]),
             settings=dict(header["settings"]),
             data=dict(header["data"]),

@@ -155,9 +155,9 @@ class Lookup:
             ) from None
 
     def classifier_reader(self, name: str, *, layer: int | None, path: str, param: str) -> Reader:
-        """Return a classifier's network at a layer; None takes its default layer."""
+        """Return a classifier's network at a layer; None takes its best."""
         found = self.classifier(name, param=param)
-        at = found.default_layers[0] if layer is None else layer
+        at = found.probe_layer if layer is None else layer
         if at not in found.layers:
             raise SpecError(
                 f"{path}.layer is {at}; {name!r} has {listed_layers(found.layers)}.",

@@ -58,6 +58,7 @@ def toy_classifier(
         w_in=draw(hidden or n, ref.hidden_size),
         b_in=draw(hidden or n),
         default_layers=layers,
+        probe_layer=layers[0],
         doses=tuple(
             SafeDose(target, avoid, picks_rival=False, is_reflection=False, dose=0.2)
             for target, avoid in measured

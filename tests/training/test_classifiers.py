@@ -20,6 +20,7 @@ from trimtab.training.classifiers import fit as fitting
 from trimtab.training.classifiers.build import (
     best_layer,
     build_classifier,
+    guided_layers,
     sweep,
 )
 from trimtab.training.classifiers.evaluate import measure_classifier
@@ -271,7 +272,8 @@ def test_a_built_classifier_is_whole_and_repeatable(host, kind):
         assert first.metrics[str(layer)]["accuracy"] == 1.0
         assert np.trace(first.metrics[str(layer)]["confusion"]) == 12
     losses = {layer: first.metrics[str(layer)]["validation_loss"] for layer in first.layers}
-    assert first.default_layers == (best_layer(losses, 2),)
+    assert first.probe_layer == best_layer(losses, 2)
+    assert first.default_layers == (0, 1)
 
 
 def test_its_networks_are_each_their_own_layers(host):
@@ -325,7 +327,7 @@ def test_several_labels_a_text(host):
         host, ExampleSet("pairs", tuple(rows)), id="many", hidden=32, is_exclusive=False
     )
     assert not made.is_exclusive
-    scores = made.metrics[str(made.default_layers[0])]
+    scores = made.metrics[str(made.probe_layer)]
     assert scores["auroc"]["z"] == 1.0
     assert sum(scores["counts"]["z"].values()) == scores["n"]
     both = read(torch.randn(5, made.model.hidden_size), made.at(made.layers[0]))
@@ -353,7 +355,7 @@ def test_prompts_alone_are_read_where_the_answer_would_begin(host):
         for letter in "az"
     ]
     made = build_classifier(host, ExampleSet("styles", tuple(rows)), id="styles", hidden=32)
-    assert made.metrics[str(made.default_layers[0])]["accuracy"] > 0.8
+    assert made.metrics[str(made.probe_layer)]["accuracy"] > 0.8
     with pytest.raises(DataError, match="prompt without an answer"):
         build_classifier(host, ExampleSet("styles", tuple(rows)), id="x", position="answer")
 
@@ -410,6 +412,13 @@ def test_progress_reaches_its_end(host):
         assert [done for done, _ in steps] == sorted(done for done, _ in steps)
         assert len({total for _, total in steps}) == 1
         assert steps[-1][0] == steps[-1][1]
+
+
+def test_guided_layers_are_the_middle_ones():
+    """The layer that reads best is often the last, where steering only breaks text."""
+    assert guided_layers((7, 10, 13, 16, 19, 22, 25, 28), 30) == (13, 16, 19)
+    assert guided_layers((3, 4), 30) == (3, 4)
+    assert guided_layers((29,), 30) == (29,)
 
 
 def test_the_best_layer():

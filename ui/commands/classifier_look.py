@@ -99,7 +99,7 @@ def _measured(classifier: ClassifierArtifact) -> str | None:
     if not classifier.metrics:
         say("Not measured: the file says nothing of how well it reads.")
         return None
-    layer = classifier.default_layers[0]
+    layer = classifier.probe_layer
     try:
         tables = [scores_table(classifier.metrics, default=classifier.default_layers)]
         if str(layer) in classifier.metrics:
@@ -125,6 +125,7 @@ def _facts(classifier: ClassifierArtifact) -> dict[str, str]:
         "of a text": "one label" if classifier.is_exclusive else "any number of labels",
         "network": f"{' and '.join(map(str, hidden))} hidden units" if hidden else "linear",
         "reads": f"position {settings['position']}" if "position" in settings else "",
+        "read at": f"layer {classifier.probe_layer} by probes",
         "guides at": f"{spans(classifier.default_layers)} by default",
         "has": spans(classifier.layers),
         "data": ", ".join([str(data.get("name", "")), *rows]).strip(", "),
@@ -140,7 +141,7 @@ def _has(data: Mapping[str, Any]) -> bool:
 
 
 def _scores(classifier: ClassifierArtifact) -> dict[str, Any]:
-    found = classifier.metrics.get(str(classifier.default_layers[0]))
+    found = classifier.metrics.get(str(classifier.probe_layer))
     return found if isinstance(found, dict) else {}
 
 

@@ -254,7 +254,7 @@ def eval_(
     if as_json:
         out_json({"id": classifier_id, "data": data.name, "layers": found})
         return
-    shown = classifier.default_layers[0]
+    shown = classifier.probe_layer
     if str(shown) not in found:
         shown = int(next(iter(found)))
     out(scores_table(found, default=classifier.default_layers))
