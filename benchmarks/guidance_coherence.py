@@ -2,10 +2,11 @@
 
     TRIMTAB_DATA=... python benchmarks/guidance_coherence.py tone     # a calibrated classifier's id
 
-ToneBank's last 200 questions in file order, of 18 categories. Question i is answered under the i-th
-of the classifier's label sets, each label alone and each pair, at 1, 1.25, 1.5, 2 and 3 times the
-calibrated dose, greedily with 32 tokens. What counts as incoherent is `training.coherence`, its
-limits fitted to the unsteered model's own answers to 60 other questions of the set.
+ToneBank's last 200 questions in file order, of 18 categories. Each is answered under one of the
+classifier's label sets, each label alone and each pair, at 1, 1.25, 1.5, 2 and 3 times the
+calibrated dose, greedily with 32 tokens. (Questions of similar length share a label set, because
+prompts of one length are generated from together.) What counts as incoherent is
+`training.coherence`, its limits fitted to the unsteered model's own answers to 60 other questions.
 """
 
 from __future__ import annotations
@@ -55,20 +56,19 @@ def label_sets(classifier: ClassifierArtifact) -> list[LabelSet]:
 def answered(
     host: SteeredModel, classifier: ClassifierArtifact, prompts: list[Ids], scale: float
 ) -> list[Signs]:
-    """Return the signs of each prompt's answer, under the label set of its turn."""
+    """Return the signs of the prompts' answers, a label set each share of them."""
     sets = label_sets(classifier)
-    found: list[Signs | None] = [None] * len(prompts)
+    by_length = sorted(prompts, key=len)
+    found: list[Signs] = []
     for k, labels in enumerate(sets):
-        mine = list(range(k, len(prompts), len(sets)))
+        n = len(by_length)
+        rows = by_length[k * n // len(sets) : (k + 1) * n // len(sets)]
         safe = classifier.safe_dose(labels.target, labels.avoid)
         if safe is None:
             sys.exit(f"{classifier.id} is not calibrated: trimtab classifiers calibrate")
-        rows = [prompts[i] for i in mine]
         plan = plan_at(host, classifier, labels, scale * safe[0])
-        signs = signs_of(host, rows, generate(host, rows, N_TOKENS, plan=plan))
-        for i, one in zip(mine, signs, strict=True):
-            found[i] = one
-    return [one for one in found if one is not None]
+        found += signs_of(host, rows, generate(host, rows, N_TOKENS, plan=plan))
+    return found
 
 
 def main() -> None:
