@@ -14,8 +14,13 @@ if TYPE_CHECKING:
     from trimtab.training.classifiers.examples import ExampleSet
 
 _FILE = click.Path(path_type=Path)
-_ONE = "Give one of --texts, --instructions with --questions, or --log with --label-from."
+_ONE = (
+    "Give one of --bundled, --texts, --instructions with --questions, or --log with --label-from."
+)
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--bundled", metavar="NAME", help="A set that comes with trimtab: `tone`, five tones."
+    ),
     click.option(
         "--texts",
         type=_FILE,
@@ -46,6 +51,7 @@ def example_options(command: Any) -> Any:
 
 
 def read_examples(
+    bundled: str | None,
     texts: Path | None,
     instructions: Path | None,
     questions: Path | None,
@@ -58,21 +64,23 @@ def read_examples(
         click.UsageError: none or several sources, or half of one.
         DataError: a file cannot be read, or is at fault at a named line.
     """
-    if sum(source is not None for source in (texts, instructions or questions, log)) != 1:
+    if sum(source is not None for source in (bundled, texts, instructions or questions, log)) != 1:
         raise click.UsageError(_ONE)
     if (instructions is None) != (questions is None):
         raise click.UsageError("--instructions and --questions go together.")
     if (log is None) != (label_from is None):
         raise click.UsageError("--log and --label-from go together.")
-    from trimtab.training.classifiers.readers import read_instructions, read_log, read_texts
+    from trimtab.training.classifiers import readers
 
+    if bundled is not None:
+        return readers.bundled(bundled)
     if texts is not None:
-        return read_texts(texts)
+        return readers.read_texts(texts)
     if instructions is not None and questions is not None:
-        return read_instructions(instructions, questions)
+        return readers.read_instructions(instructions, questions)
     assert log is not None  # the only source left
     assert label_from is not None
-    data = read_log(log, label_from=label_from)
+    data = readers.read_log(log, label_from=label_from)
     for reason, n in data.skipped.items():
         say(f"Left out: {n} rows of {log.name} with {reason}.")
     return data

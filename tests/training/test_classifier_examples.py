@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 from toy_chat import toy_chat
 
-from trimtab.steering.errors import DataError
+from trimtab.steering.errors import DataError, NotFoundError
 from trimtab.training.classifiers.examples import Example, ExampleSet, tokens_of
-from trimtab.training.classifiers.readers import read_instructions, read_log, read_texts
+from trimtab.training.classifiers.readers import (
+    bundled,
+    bundled_names,
+    read_instructions,
+    read_log,
+    read_texts,
+)
 
 
 def written(path: Path, rows: list[Any]) -> Path:
@@ -246,3 +252,16 @@ def test_tokens_are_what_the_model_reads_when_it_answers():
     assert text("", "abc") == ("a", "bc")
     with pytest.raises(DataError, match="attends to 8"):
         tokens_of(tokenizer, Example("", "a" * 9, (), "g"), max_context=8)
+
+
+def test_bundled_sets() -> None:
+    """A set that is not in the wheel, or whose questions repeat across the split."""
+    assert bundled_names() == ["tone"]
+    data = bundled("tone")
+    assert data.labels == ("casual", "cautious", "concise", "empathetic", "expert")
+    assert len(data.examples) == 5 * len({e.group for e in data.examples})
+    sides = data.split(seed=0)
+    groups = [{data.examples[i].group for i in side} for side in (sides.fit, sides.held)]
+    assert not groups[0] & groups[1]
+    with pytest.raises(NotFoundError, match="tone"):
+        bundled("tones")

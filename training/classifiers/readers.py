@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from trimtab.steering.errors import DataError
+from trimtab.steering.errors import DataError, NotFoundError, did_you_mean, listed
 from trimtab.training.classifiers.examples import MAX_EXAMPLES, Chat, Example, ExampleSet
 
 MAX_CHARACTERS = 20_000
 _MAX_LOGGED = MAX_CHARACTERS  # of a conversation with its answer, as JSON
 MAX_LINES = 1_000_000
 MAX_FILE_BYTES = 512 * 2**20
+_BUNDLED = resources.files("trimtab.training.classifiers") / "bundled"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -81,6 +83,27 @@ def read_instructions(instructions: Path, questions: Path) -> ExampleSet:
                 "give fewer questions."
             )
     return _set(f"{instructions.name} x {questions.name}", examples)
+
+
+def bundled(name: str) -> ExampleSet:
+    """Return a bundled set of instructions, each with every bundled question.
+
+    Raises:
+        NotFoundError: there is none of that name.
+    """
+    known = bundled_names()
+    if name not in known:
+        raise NotFoundError(
+            f"There is no bundled set {name!r}.{did_you_mean(name, known)} Known: {listed(known)}."
+        )
+    with resources.as_file(_BUNDLED / f"{name}.json") as instructions:
+        return read_instructions(instructions, instructions.parent / "questions.jsonl")
+
+
+def bundled_names() -> list[str]:
+    """Return the names of the bundled sets, sorted."""
+    names = (file.name for file in _BUNDLED.iterdir())
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
 
 def read_log(path: Path, *, label_from: str) -> ExampleSet:

@@ -44,6 +44,7 @@ def _layers_option(text: str) -> Any:
     "train",
     cls=HelpfulCommand,
     examples=(
+        "trimtab classifiers train --bundled tone --own-answers 48 --id tone",
         "trimtab classifiers train --texts tones.jsonl --id tone",
         "trimtab classifiers train --instructions styles.json --questions asked.jsonl --id style "
         "--own-answers 48",
@@ -80,8 +81,8 @@ def _layers_option(text: str) -> Any:
     "n_answer_tokens",
     type=click.IntRange(1, 512),
     metavar="TOKENS",
-    help="With --instructions: let the model answer under each, in so many tokens, and read the "
-    "answers behind the bare questions.",
+    help="With --bundled or --instructions: let the model answer under each, in so many tokens, "
+    "and read the answers behind the bare questions.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the split and the weights.")
 @click.option(
@@ -95,6 +96,7 @@ def _layers_option(text: str) -> Any:
 @model_option
 @loading_options
 def train(
+    bundled: str | None,
     texts: Path | None,
     instructions: Path | None,
     questions: Path | None,
@@ -117,15 +119,15 @@ def train(
 ) -> None:
     """Train a classifier of the model's hidden states on labelled texts, measure and store it.
 
-    Give one of --texts, --instructions with --questions, or --log with --label-from. A fifth of the
-    questions is kept for measuring, unless the texts say which.
+    Give one of --bundled, --texts, --instructions with --questions, or --log with --label-from. A
+    fifth of the questions is kept for measuring, unless the texts say which.
     """
     # All that can be refused is refused before the model is loaded.
     store = store_of(model)
     check_is_free(CLASSIFIER, store, classifier_id, overwrite=overwrite)
-    data = read_examples(texts, instructions, questions, log, label_from)
-    if n_answer_tokens is not None and instructions is None:
-        raise click.UsageError("--own-answers goes with --instructions and --questions.")
+    data = read_examples(bundled, texts, instructions, questions, log, label_from)
+    if n_answer_tokens is not None and instructions is None and bundled is None:
+        raise click.UsageError("--own-answers goes with --bundled, or --instructions.")
     has_answers = n_answer_tokens is not None or all(e.answer for e in data.examples)
     position = position or ("answer" if has_answers else "last")
     needs_answers = position != "last" and n_answer_tokens is None
@@ -219,6 +221,7 @@ def loaded_model(stage: Stages, model: str, *, device: str, dtype: str) -> Steer
 @json_option
 def eval_(
     classifier_id: str,
+    bundled: str | None,
     texts: Path | None,
     instructions: Path | None,
     questions: Path | None,
@@ -237,7 +240,7 @@ def eval_(
     used.
     """
     classifier = store_of(model).classifier(classifier_id)
-    data = read_examples(texts, instructions, questions, log, label_from)
+    data = read_examples(bundled, texts, instructions, questions, log, label_from)
     from trimtab.training.classifiers.evaluate import check_fits, measure_classifier
 
     check_fits(classifier, data, layers=layers)
