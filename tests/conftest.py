@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 # No test may reach a hub; read by huggingface_hub when it is first imported.
@@ -23,9 +24,13 @@ from transformers import PreTrainedModel
 
 from trimtab.serving.engines.transformers.engine import TransformersEngine
 from trimtab.serving.settings import ServerSettings
+from trimtab.steering.classifier import ClassifierArtifact, SafeDose
 from trimtab.steering.model.loading import LoadedModel, load_model
 from trimtab.steering.model.profile import profile_model
 from trimtab.steering.store import Store
+from trimtab.training.classifiers.build import build_classifier
+from trimtab.training.classifiers.examples import ExampleSet
+from trimtab.training.classifiers.readers import bundled
 from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.build import build_vector
 from trimtab.training.vectors.pairs import PairSet, concept
@@ -78,14 +83,28 @@ def toy_llama() -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def real_server(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server of the real model in float32, with two vectors built from a few bundled pairs."""
+    """A server of the real model in float32, with two vectors and a classifier of few examples."""
     store = Store(tmp_path_factory.mktemp("real"))
     profile = profile_model(smollm2.model, model_id="smollm2", tokenizer=smollm2.tokenizer)
     host = SteeredModel(smollm2, profile)
     for name in ("optimistic", "formal"):
         some = PairSet(name, tuple(concept(name).build[:16]))
         store.put_vector(build_vector(host, some, id=name, is_calibrated=False))
+    store.put_classifier(few_tones(host))
     engine = TransformersEngine(lambda: smollm2)
     settings = ServerSettings(served_model_name="smollm2")
     with running(engine, store, settings=settings) as served:
         yield served
+
+
+def few_tones(host: SteeredModel) -> ClassifierArtifact:
+    """The bundled tones, learned from fifteen questions' prompts; its doses are made up."""
+    data = bundled("tone")
+    made = build_classifier(
+        host, ExampleSet("tones", data.examples[: 15 * 5]), id="tone", layers=(13, 16)
+    )
+    doses = tuple(
+        SafeDose(target, (), picks_rival=False, is_reflection=False, dose=0.12)
+        for target in (("empathetic",), ("concise", "empathetic"))
+    )
+    return replace(made, doses=doses)

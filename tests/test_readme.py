@@ -51,6 +51,7 @@ def test_named_files_exist():
         "README.md",
         "ARCHITECTURE.md",
         "docs/attribution.md",
+        "docs/classifiers.md",
         "docs/steering.md",
         "docs/vectors.md",
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -133,3 +134,40 @@ def test_a_gate_that_never_opens_leaves_the_answer_alone(real_server):
     open_gate = ask(real_server, extra_body={"steering": spec})
     assert open_gate.steering["choices"][0]["gates"][0]["fired"] == 1.0
     assert open_gate.choices[0].message.content != plain.choices[0].message.content
+
+
+TWO = {"guidance": [{"classifier": "tone", "target": ["empathetic", "concise"], "steps": 3}]}
+
+
+def test_guidance_moves_what_its_own_probe_reads(real_server):
+    """Catches guidance toward another label, by a probe that reads a later layer's state."""
+    spec = {"guidance": [{"classifier": "tone", "target": ["empathetic"], "layers": [13]}]}
+    spec["guidance"][0] |= {"dose": 0.12, "over_dose": True}
+    more = {"probes": ["late"]}
+    late = real_server.store.classifier("tone")
+    real_server.store.put_classifier(replace(late, id="late", probe_layer=16))
+    read = {}
+    for name, steering in (("plain", None), ("guided", spec)):
+        body = more | ({} if steering is None else {"steering": steering})
+        choice = ask(real_server, extra_body=body).choices[0]
+        probe = choice.probes["late"]
+        at = probe["labels"].index("empathetic")
+        read[name] = sum(row[at] for row in probe["tokens"]) / len(probe["tokens"])
+        assert len(probe["tokens"]) == 24
+    assert read["guided"] > read["plain"]
+
+
+def test_guided_requests_say_what_they_did(real_server):
+    """Catches 200 OK without guidance, by either way to ask for it."""
+    plain = ask(real_server).choices[0].message.content
+    answers = [
+        ask(real_server, extra_body={"steering": steering})
+        for steering in (TWO, "tone/empathetic + tone/concise")
+    ]
+    for answer in answers:
+        (entry,) = answer.steering["applied"]
+        assert set(entry["target"]) == {"empathetic", "concise"}
+        assert entry["calibrated_for_these_labels"]
+        n = answer.usage.prompt_tokens + answer.usage.completion_tokens - 1
+        assert answer.steering["choices"][0]["steered_tokens"] == n
+        assert answer.choices[0].message.content != plain
