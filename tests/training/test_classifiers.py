@@ -85,7 +85,7 @@ def test_folding_changes_nothing(kind):
         for a, b in pairwise(widths)
     ]
     states = clouds(50, noise=1.0, seed=1).states
-    mean, deviation = standardisation(states)
+    mean, deviation = standardisation(states, scales_each=True)
     scale, offset = torch.tensor([0.5, 2.0, 1.5]), torch.tensor([1.0, -1.0, 0.0])
     expected = forward(layers, (states - mean) / deviation) * scale + offset
     found = forward(folded(layers, mean, deviation, scale, offset), states)
@@ -97,7 +97,7 @@ def test_standardising_an_input_that_never_varies():
     states = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     states[:, 0] = 3.0
     states[:, 1] *= 1e-9
-    mean, deviation = standardisation(states)
+    mean, deviation = standardisation(states, scales_each=True)
     assert float(mean[0]) == 3.0
     assert float(deviation.min()) > 1e-3
 
@@ -110,7 +110,7 @@ def test_a_separable_toy_is_learned(kind, is_exclusive):
         clouds(n, noise=0.05, seed=s, is_exclusive=is_exclusive)
         for s, n in enumerate((240, 90, 90))
     )
-    recipe = Recipe(kind=kind, is_exclusive=is_exclusive, hidden=16, learning_rate=1e-2)
+    recipe = Recipe(kind=kind, is_exclusive=is_exclusive, hidden=16, learning_rate=1e-2, noise=0.0)
     logits = forward(fit_network(fit, validation, recipe).layers, held.states)
     found = logits.softmax(1) if is_exclusive else logits.sigmoid()
     scores = measures(found, held.targets, labels="abc", is_exclusive=is_exclusive)
@@ -475,3 +475,18 @@ def test_own_answers_are_read_behind_the_bare_question(host: SteeredModel) -> No
     prompt = tokens_of(host.tokenizer, asked[0], max_context=256).ids
     (again,) = generate(host, [prompt], 6)
     assert first.answer == host.tokenizer.decode(again.ids, skip_special_tokens=True).strip()
+
+
+def test_noise_smooths_and_is_drawn_from_the_seed():
+    """Noise from the global generator makes two trainings of one seed differ."""
+    fit, validation = clouds(60, noise=0.3, seed=1), clouds(40, noise=0.3, seed=2)
+
+    def weights(**changes: Any) -> torch.Tensor:
+        recipe = Recipe(hidden=16, max_epochs=5, **changes)
+        return fit_network(fit, validation, recipe).layers[0][0]
+
+    assert torch.equal(weights(noise=1.0), weights(noise=1.0))
+    assert not torch.equal(weights(noise=1.0), weights(noise=0.0))
+    assert not torch.equal(weights(scales_each=True), weights(scales_each=False))
+    with pytest.raises(DataError, match="deviation"):
+        Recipe(noise=-1.0)

@@ -32,6 +32,8 @@ class Recipe:
         weight_decay: AdamW's, on weights of standardised inputs.
         noise: deviation of Gaussian noise added to standardised inputs: a smoother classifier,
             whose gradient holds further from the states it has seen.
+        scales_each: whether each input is divided by its own deviation, or all by their common
+            one. Its own reads as well, but a gradient through it points where states hardly vary.
         batch: rows a step.
         max_epochs: at most this many passes over the rows.
         patience: passes without a better validation loss before it stops.
@@ -49,7 +51,8 @@ class Recipe:
     hidden: int = 128
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
-    noise: float = 0.0
+    noise: float = 2.0
+    scales_each: bool = False
     batch: int = 64
     max_epochs: int = 100
     patience: int = 8
@@ -113,7 +116,7 @@ def fit_network(
         device: where to train.
         progress: called with epochs done and at most to do.
     """
-    mean, deviation = standardisation(fit.states)
+    mean, deviation = standardisation(fit.states, scales_each=recipe.scales_each)
     x, held_out = (((rows.states - mean) / deviation).to(device) for rows in (fit, validation))
     layers, n_epochs = _trained(
         Labelled(x, fit.targets.to(device)),
@@ -134,9 +137,18 @@ def fit_network(
     return Fitted(folded(layers, mean, deviation, scale, offset), float(loss), n_epochs, record)
 
 
-def standardisation(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and deviation of each input, `[d]` both, the latter above zero."""
+def standardisation(
+    states: torch.Tensor, *, scales_each: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and deviation of each input, `[d]` both, the latter above zero.
+
+    Args:
+        states: `[n, d]`.
+        scales_each: whether deviations are each input's own, or the root mean square of all.
+    """
     deviation, mean = torch.std_mean(states.double(), dim=0, correction=0)
+    if not scales_each:
+        deviation = deviation.square().mean().sqrt().expand_as(deviation)
     floor = (_FLOOR * deviation.median()).clamp_min(1e-12)
     return mean.float(), deviation.clamp_min(floor).float()
 
