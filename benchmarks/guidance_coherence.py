@@ -7,6 +7,7 @@ classifier's label sets, each label alone and each pair, at 1, 1.25, 1.5, 2 and 
 calibrated dose, greedily with 32 tokens. (Questions of similar length share a label set, because
 prompts of one length are generated from together.) What counts as incoherent is
 `training.coherence`, its limits fitted to the unsteered model's own answers to 60 other questions.
+The first row is the unsteered model's own share, which loops by itself on some questions.
 """
 
 from __future__ import annotations

@@ -43,17 +43,15 @@ def test_each_sign_alone_is_enough(bad):
     assert LIMITS.share([Signs(**FINE), Signs(**{**FINE, **bad})]) == 0.5
 
 
-def test_limits_come_from_their_own_kind_of_generation():
-    """Surprise bounded by greedy answers would call every sampled sentence incoherent."""
+def test_limits_come_from_the_models_own_answers():
+    """A limit far above what the model ever says passes ruins; an empty answer has no surprise."""
     greedy = [Signs(32, 0.1 * i, 0.01 * i, 1.0 + 0.1 * i) for i in range(101)]
-    sampled = [Signs(32, 1.0 + 0.01 * i, 0.9, 0.0) for i in range(101)]
-    limits = Coherence.of(greedy, sampled, quantile=0.9)
-    assert limits.max_surprise == pytest.approx(1.9)
-    assert limits.max_repetition == pytest.approx(0.9)
+    limits = Coherence.of([*greedy, Signs(0, math.inf, 0.0, 0.0)], quantile=0.9)
+    assert limits.max_surprise == pytest.approx(9.0 + math.log(2))
+    assert limits.max_repetition == 0.3
     assert limits.min_entropy == pytest.approx(0.5 * 2.0)
-    assert Coherence.of(greedy[:5], sampled).max_repetition == 0.25
-    with pytest.raises(DataError, match="0 sampled"):
-        Coherence.of(greedy, [])
+    with pytest.raises(DataError, match="unsteered"):
+        Coherence.of([Signs(0, math.inf, 0.0, 0.0)])
 
 
 def test_signs_are_read_without_the_plan_and_without_the_end_mark(host):

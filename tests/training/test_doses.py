@@ -29,6 +29,12 @@ CASUAL, EXPERT = LabelSet(target=("casual",)), LabelSet(target=("expert",))
 BUDGET = DoseBudget(n_prompts=20, n_tokens=8)
 
 
+@pytest.fixture(autouse=True)
+def looping_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A toy of random weights loops on every question."""
+    monkeypatch.setattr("trimtab.training.coherence.MAX_REPETITION", 1.0)
+
+
 @pytest.fixture(scope="module")
 def host() -> SteeredModel:
     loaded = toy_chat()
@@ -54,9 +60,7 @@ def breaking_at(
     norm = float(host.profile.hidden_norms[1])
     asked: list[float] = []
 
-    def share(self: Coherence, host: Any, prompts: Any, plan: Plan | None, **_: Any) -> float:
-        if plan is None:
-            return bounds.get("unsteered", 0.0)
+    def share(self: Coherence, host: Any, prompts: Any, plan: Plan, **_: Any) -> float:
         guide = guide_of(plan)
         reflects = guide.step == "reflect"
         dose = sum(guide.sizes) / (1.0 if reflects else norm)
@@ -106,9 +110,9 @@ def test_nothing_is_safe(host, classifier, monkeypatch):
 
 
 def test_what_cannot_be_calibrated_is_refused(host, classifier, monkeypatch):
-    """A limit that the unsteered model is over already lets every dose fail, unsaid."""
-    breaking_at(monkeypatch, host, unsteered=0.2)
-    with pytest.raises(DataError, match="unsteered"):
+    """Questions that the unsteered model fails already let every dose fail, unsaid."""
+    monkeypatch.setattr("trimtab.training.coherence.MAX_REPETITION", -1.0)
+    with pytest.raises(DataError, match="answers only 0 of 64"):
         calibrate_doses(host, classifier, label_sets=[CASUAL], budget=BUDGET)
     with pytest.raises(DataError, match="nobody"):
         calibrate_doses(host, classifier, label_sets=[LabelSet(avoid=("nobody",))])

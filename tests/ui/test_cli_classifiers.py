@@ -129,8 +129,9 @@ def test_calibrate(trimtab, toy_folder, texts, monkeypatch):
     model = ("--model", str(toy_folder))
     monkeypatch.setattr(
         "trimtab.training.coherence.Coherence.incoherent_share",
-        lambda self, host, prompts, plan, **_: 0.0 if plan is None else 0.04,
+        lambda self, host, prompts, plan, **_: 0.04,
     )
+    monkeypatch.setattr("trimtab.training.coherence.MAX_REPETITION", 1.0)  # the toy loops
     trimtab("classifiers", "train", "--texts", texts, "--id", "tone", "--hidden", "8",
             "--layers", "1", "--no-calibrate", *model)  # fmt: skip
     sets = ("--labels", "early,-late", "--labels", "late,-rival", "--prompts", "20")

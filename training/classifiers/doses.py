@@ -20,8 +20,8 @@ from trimtab.steering.guidance import steps_of
 from trimtab.steering.lookup import reader_at
 from trimtab.steering.plan import Guide, LayerTerm, Plan, plan_of
 from trimtab.training.calibration import Progress
-from trimtab.training.coherence import MAX_SHARE, Coherence, largest_dose
-from trimtab.training.scoring import answer_of
+from trimtab.training.coherence import MAX_SHARE, Coherence, largest_dose, signs_of
+from trimtab.training.scoring import answer_of, generate
 from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.neutral import neutral_questions
 
@@ -109,18 +109,11 @@ def calibrate_doses(
                 f"Classifier {classifier.id!r} has no label {sorted(unknown)[0]!r}; it has "
                 f"{', '.join(classifier.labels)}."
             )
-    prompts = _prompts(host, budget.n_prompts)
-    coherence = Coherence.fit(host, prompts, n_tokens=budget.n_tokens)
+    coherence, prompts = _answerable(host, budget)
 
-    def share(plan: Plan | None) -> float:
+    def share(plan: Plan) -> float:
         return coherence.incoherent_share(host, prompts, plan, n_tokens=budget.n_tokens)
 
-    unsteered = share(None)
-    if unsteered > budget.max_share:
-        raise DataError(
-            f"The unsteered model falls apart on {unsteered:.0%} of the neutral questions; no dose "
-            f"can stay under {budget.max_share:.0%}."
-        )
     found, curves = [], []
     near: float | None = None
     for done, one in enumerate(wanted):
@@ -146,7 +139,7 @@ def calibrate_doses(
     record: dict[str, Any] = {
         "criteria": asdict(budget),
         "limits": {name: round(x, 6) for name, x in asdict(coherence).items()},
-        "unsteered_share": round(unsteered, 4),
+        "n_prompts": len(prompts),
         "label_sets": curves,
     }
     return replace(classifier, doses=(*kept, *found), calibration=record)
@@ -205,12 +198,29 @@ def _largest(
     )
 
 
-def _prompts(host: SteeredModel, n: int) -> list[tuple[int, ...]]:
-    """Return neutral questions as tokens, of as few lengths as will do: each is a batch."""
+def _answerable(host: SteeredModel, budget: DoseBudget) -> tuple[Coherence, list[tuple[int, ...]]]:
+    """Return the limits, and neutral questions that the unsteered model answers within them.
+
+    Small models loop on some questions by themselves; those say nothing about a dose. Of the rest
+    those of the commonest lengths are taken, for prompts of one length are a batch.
+    """
     answers = [answer_of(host.tokenizer, question, "") for question in neutral_questions()]
     prompts = [answer.ids[: answer.n_prompt] for answer in answers]
-    counts = Counter(map(len, prompts))
-    return sorted(prompts, key=lambda ids: (-counts[len(ids)], len(ids)))[:n]
+    signs = signs_of(host, prompts, generate(host, prompts, budget.n_tokens))
+    coherence = Coherence.of(signs)
+    fine = [
+        prompt
+        for prompt, one in zip(prompts, signs, strict=True)
+        if not coherence.is_incoherent(one)
+    ]
+    if len(fine) < budget.n_prompts:
+        raise DataError(
+            f"The unsteered model answers only {len(fine)} of {len(prompts)} neutral questions "
+            f"without looping; {budget.n_prompts} are wanted."
+        )
+    counts = Counter(map(len, fine))
+    fine.sort(key=lambda ids: (-counts[len(ids)], len(ids)))
+    return coherence, fine[: budget.n_prompts]
 
 
 def _key(entry: SafeDose) -> tuple[Any, ...]:
