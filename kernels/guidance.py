@@ -168,20 +168,24 @@ def guide(
     h = hidden.float()
     z = torch.addmm(classifier.b_in, h, classifier.w_in.T)
     total = torch.zeros_like(z)
+    positive, negative, away = _share(goals.toward), _share(goals.away), goals.away
     for k in range(goals.sizes.shape[1]):
         logits, above_in, above_mid = _head(z, classifier)
-        away = _with_rival(goals, logits) if has_rival else goals.away
-        u = _pulled_back(_slope(logits, goals.toward, away, loss), classifier, above_in, above_mid)
+        if has_rival:
+            away = _with_rival(goals, logits)
+            negative = _share(away)
+        slope = _slope(logits, positive, negative, loss)
+        u = _pulled_back(slope, classifier, above_in, above_mid)
         moved = u @ classifier.gram
         size = goals.sizes[:, k : k + 1]
         if step != "bare":
-            squared = (u * moved).sum(1, keepdim=True)
+            # Where the gradient vanishes u is zero, and so is any multiple of it.
+            squared = (u * moved).sum(1, keepdim=True).clamp_min(_TINY)
             if step == "unit":
-                size = size * squared.clamp_min(_TINY).rsqrt()
+                size = size * squared.rsqrt()
             else:
                 along = ((z - classifier.b_in) * u).sum(1, keepdim=True)
-                size = size * 2 * along / squared.clamp_min(_TINY)
-            size = torch.where(squared > _TINY, size, 0.0)
+                size = size * 2 * along / squared
         if has_until:
             size = torch.where(_is_satisfied(logits, goals, away, classifier), 0.0, size)
         total = total + size * u
@@ -221,17 +225,15 @@ def _pulled_back(
 
 
 def _slope(
-    logits: torch.Tensor, toward: torch.Tensor, away: torch.Tensor, loss: Loss
+    logits: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor, loss: Loss
 ) -> torch.Tensor:
-    """Return dL/do of each token, `[n_tokens, n_labels]`."""
-    positive, negative = _share(toward), _share(away)
-    if loss == "logits":
-        return negative - positive
+    """Return dL/do of each token from its labels' shares, `[n_tokens, n_labels]`."""
     if loss == "sigmoid":
-        p = logits.sigmoid()
-        return (p - 1) * positive + p * negative
-    has_positive, has_negative = (x.any(1, keepdim=True).float() for x in (toward, away))
-    return negative - positive + logits.softmax(1) * (has_positive - has_negative)
+        return logits.sigmoid() * (positive + negative) - positive
+    change = negative - positive
+    if loss == "logits":
+        return change
+    return change - logits.softmax(1) * change.sum(1, keepdim=True)
 
 
 def _share(labels: torch.Tensor) -> torch.Tensor:
