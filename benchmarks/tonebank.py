@@ -12,10 +12,9 @@ set's score is the mean over its tones of p(tone | steered answer) - p(tone | un
 each tone's own sigmoid. Steering acts from the prompt's last token on.
 
 Every method and set of tones has the largest dose at which at most 5 % of the answers to 40
-questions of half A are incoherent (`training/coherence.py`; docs/LOG.md). Layers, states and losses
-were chosen on the same questions by the mean score of pairs at that damage, with as many
-settings tried for CAA as its few choices have: the log has the list. Results are kept as they come;
-a second run goes on.
+questions of half A are incoherent (`training/coherence.py`). Layers, states and losses were chosen
+on the same questions by the mean score of pairs at that damage, from 18 settings for CAA and 36 for
+K-Steering: docs/LOG.md has the list. Results are kept as they come; a second run goes on.
 """
 
 from __future__ import annotations
