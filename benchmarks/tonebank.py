@@ -82,7 +82,7 @@ LINEAR: dict[str, Any] = {
     "noise": 0.5,
 }
 COLUMNS = ("prompting", "CAA", "K-Steering 1", "K-Steering 3", "linear")
-FIRST_DOSE = {"CAA": 0.13, "K-Steering 1": 0.135, "K-Steering 3": 0.15, "linear": 0.16}
+FIRST_DOSE = {"CAA": 0.09, "K-Steering 1": 0.095, "K-Steering 3": 0.1, "linear": 0.11}
 N_ROUNDS, WIDER = 3, 1.3
 _MAX_ROWS = 128
 
@@ -582,15 +582,8 @@ class Bench:
 
         def measure() -> dict[str, float]:
             prompts = [self.prompt(q) for q in self.split.choose]
-            often = [p for p in prompts for _ in range(4)]
-            chance = torch.Generator().manual_seed(0)
-            signs = []
-            for rows, by in ((prompts, None), (often, chance)):
-                made, _ = self.fleet.generate(
-                    [(p, None) for p in rows], n_tokens=N_TOKENS, chance=by
-                )
-                signs.append(self.fleet.read(rows, made)[0])
-            return asdict(Coherence.of(*signs))
+            made, _ = self.fleet.generate([(p, None) for p in prompts], n_tokens=N_TOKENS)
+            return asdict(Coherence.of(self.fleet.read(prompts, made)[0]))
 
         return Coherence(**self.once("limits", measure))
 
