@@ -173,7 +173,7 @@ def largest_dose(
         low: smallest dose of interest, over 0.
         high: largest dose of interest.
         limit: damage allowed.
-        n_evaluations: calls of `share_at` at most, three or more.
+        n_evaluations: calls of `share_at` at most, three or more; one more if `low` must be asked.
 
     Raises:
         DataError: `low` is not over 0 and under `high`, or there are too few evaluations.
