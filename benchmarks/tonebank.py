@@ -427,7 +427,8 @@ class Bench:
         """Return answers given under every instruction, and their states without it."""
         path = self.cache / f"styled_{name}.pt"
         if path.exists():
-            return torch.load(path, weights_only=False)
+            with torch.serialization.safe_globals([Generation, Signs]):
+                return torch.load(path, weights_only=True)
         questions = getattr(self.split, name)
         rows = [(q, s) for s in range(len(self.labels)) for q in range(len(questions))]
         prompts = []
