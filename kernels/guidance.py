@@ -138,6 +138,7 @@ def guide(
     has_rival: bool = True,
     has_until: bool = True,
     has_norm: bool = True,
+    has_still: bool = True,
 ) -> torch.Tensor:
     """Return hidden states after the goals' steps down the gradient g of the loss.
 
@@ -160,6 +161,7 @@ def guide(
         has_rival: False skips the rival where no goal picks one.
         has_until: False skips the stop where no goal has one.
         has_norm: False skips the norm where no goal keeps it.
+        has_still: False where every token has a step, so that none need stay bit by bit.
 
     Returns:
         `[n_tokens, d_model]` in `hidden`'s dtype. Arithmetic is float32 with one cast at the end;
@@ -168,33 +170,35 @@ def guide(
     h = hidden.float()
     z = torch.addmm(classifier.b_in, h, classifier.w_in.T)
     total = torch.zeros_like(z)
-    positive, negative, away = _share(goals.toward), _share(goals.away), goals.away
+    away, pull = goals.away, _Pull.of(goals.toward, goals.away)
+    # Few and fused calls: between two passes of a model a small call costs 20 us, whatever it does.
     for k in range(goals.sizes.shape[1]):
         logits, above_in, above_mid = _head(z, classifier)
         if has_rival:
             away = _with_rival(goals, logits)
-            negative = _share(away)
-        slope = _slope(logits, positive, negative, loss)
-        u = _pulled_back(slope, classifier, above_in, above_mid)
+            pull = _Pull.of(goals.toward, away)
+        u = _pulled_back(pull.slope(logits, loss), classifier, above_in, above_mid)
         moved = u @ classifier.gram
         size = goals.sizes[:, k : k + 1]
         if step != "bare":
             # Where the gradient vanishes u is zero, and so is any multiple of it.
-            squared = (u * moved).sum(1, keepdim=True).clamp_min(_TINY)
+            squared = torch.linalg.vecdot(u, moved).clamp_min(_TINY).unsqueeze(1)
             if step == "unit":
                 size = size * squared.rsqrt()
             else:
-                along = ((z - classifier.b_in) * u).sum(1, keepdim=True)
+                along = torch.linalg.vecdot(z - classifier.b_in, u).unsqueeze(1)
                 size = size * 2 * along / squared
         if has_until:
             size = torch.where(_is_satisfied(logits, goals, away, classifier), 0.0, size)
-        total = total + size * u
-        z = z - size * moved
+        total = torch.addcmul(total, size, u)
+        z = torch.addcmul(z, size, moved, value=-1)
     guided = torch.addmm(h, total, classifier.w_in, alpha=-1)
     if has_norm:
         guided = torch.where(goals.keeps_norm.unsqueeze(1), _with_norm_of(h, guided), guided)
-    is_still = (goals.sizes == 0).all(1, keepdim=True)
-    return torch.where(is_still, hidden, guided.to(hidden.dtype))
+    guided = guided.to(hidden.dtype)
+    if has_still:
+        guided = torch.where((goals.sizes == 0).all(1, keepdim=True), hidden, guided)
+    return guided
 
 
 def _head(
@@ -224,16 +228,32 @@ def _pulled_back(
     return ((slope @ classifier.w_out) * above_mid @ classifier.w_mid) * above_in
 
 
-def _slope(
-    logits: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor, loss: Loss
-) -> torch.Tensor:
-    """Return dL/do of each token from its labels' shares, `[n_tokens, n_labels]`."""
-    if loss == "sigmoid":
-        return logits.sigmoid() * (positive + negative) - positive
-    change = negative - positive
-    if loss == "logits":
-        return change
-    return change - logits.softmax(1) * change.sum(1, keepdim=True)
+@dataclass(frozen=True, eq=False)
+class _Pull:
+    """What labels ask for: the part of dL/do that is the same wherever a token stands.
+
+    `positive` is 1/n at each of T+'s n labels, `both` adds T-'s, `change` is T-'s less T+'s, all
+    `[n_tokens, n_labels]`; `balance` is `change` summed over labels, `[n_tokens, 1]`.
+    """
+
+    positive: torch.Tensor
+    both: torch.Tensor
+    change: torch.Tensor
+    balance: torch.Tensor
+
+    @classmethod
+    def of(cls, toward: torch.Tensor, away: torch.Tensor) -> _Pull:
+        positive, negative = _share(toward), _share(away)
+        change = negative - positive
+        return cls(positive, positive + negative, change, change.sum(1, keepdim=True))
+
+    def slope(self, logits: torch.Tensor, loss: Loss) -> torch.Tensor:
+        """Return dL/do of each token, `[n_tokens, n_labels]`."""
+        if loss == "logits":
+            return self.change
+        if loss == "sigmoid":
+            return torch.addcmul(-self.positive, logits.sigmoid(), self.both)
+        return torch.addcmul(self.change, logits.softmax(1), self.balance, value=-1)
 
 
 def _share(labels: torch.Tensor) -> torch.Tensor:

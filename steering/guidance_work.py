@@ -60,6 +60,7 @@ class GuidanceWork:
             has_rival=self.has_rival,
             has_until=self.has_until,
             has_norm=self.has_norm,
+            has_still=gates is not None,  # a plan has no guide whose steps are all 0
         )
         return guided if self.index is None else hidden.index_copy(0, self.index, guided)
 
