@@ -95,24 +95,11 @@ def main() -> None:
     for scale in SCALES:
         signs = answered(host, classifier, asked, scale)
         shares[str(scale)] = limits.share(signs)
-        why = Counter(reason for one in signs for reason in _reasons(limits, one))
+        why = Counter(reason for one in signs for reason in limits.reasons(one))
         print(f"scale {scale:<6}{shares[str(scale)]:8.1%}   {dict(why)}", flush=True)
     if args.json:
         facts = {"classifier": classifier.card(), "n_questions": len(asked), "shares": shares}
         Path(args.json).write_text(json.dumps(facts, indent=1))
-
-
-def _reasons(limits: Coherence, signs: Signs) -> list[str]:
-    return [
-        name
-        for name, is_beyond in (
-            ("surprise", signs.surprise > limits.max_surprise),
-            ("repetition", signs.repetition > limits.max_repetition),
-            ("entropy", signs.entropy < limits.min_entropy),
-            ("empty", signs.n_tokens == 0),
-        )
-        if is_beyond
-    ]
 
 
 if __name__ == "__main__":

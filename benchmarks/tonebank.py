@@ -192,7 +192,6 @@ class Fleet:
         jobs: Sequence[tuple[tuple[int, ...], Plan | None]],
         *,
         n_tokens: int = N_TOKENS,
-        chance: torch.Generator | None = None,
         layers: Sequence[int] = (),
     ) -> tuple[list[Generation], list[torch.Tensor]]:
         """Continue prompts under plans.
@@ -206,7 +205,7 @@ class Fleet:
         found: list[Any] = [None] * len(jobs)
         for at in range(0, len(jobs), _MAX_ROWS):
             rows = order[at : at + _MAX_ROWS]
-            done = self._continue([jobs[i] for i in rows], n_tokens, chance, layers)
+            done = self._continue([jobs[i] for i in rows], n_tokens, layers)
             for i, one in zip(rows, done, strict=True):
                 found[i] = one
         return [g for g, _ in found], [h for _, h in found]
@@ -215,7 +214,6 @@ class Fleet:
         self,
         jobs: Sequence[tuple[tuple[int, ...], Plan | None]],
         n_tokens: int,
-        chance: torch.Generator | None,
         layers: Sequence[int],
     ) -> list[tuple[Generation, torch.Tensor]]:
         host = self.host
@@ -248,10 +246,7 @@ class Fleet:
             logprobs = logits.float().log_softmax(-1)
             p = logprobs.exp()
             entropy = (-(p * logprobs).sum(-1)).tolist()
-            if chance is None:
-                ids = logprobs.argmax(-1, True)
-            else:
-                ids = torch.multinomial(p, 1, generator=chance)
+            ids = logprobs.argmax(-1, True)
             for r, token in enumerate(ids[:, 0].tolist()):
                 if is_open[r]:
                     new[r].append(token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -82,7 +83,7 @@ class VectorArtifact:
         """Return the calibrated direction at a layer, `[hidden_size]`, float32."""
         return self.directions[self.layers.index(layer)]
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of what steering reads: layers, directions, probe, defaults. Not the names."""
         read = [self.layers, self.default_layers, self.probe_layer, self.normalize]

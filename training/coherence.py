@@ -111,12 +111,17 @@ class Coherence:
 
     def is_incoherent(self, signs: Signs) -> bool:
         """Return whether a generation is beyond a limit, or empty."""
-        return (
-            signs.n_tokens == 0
-            or signs.surprise > self.max_surprise
-            or signs.repetition > self.max_repetition
-            or signs.entropy < self.min_entropy
-        )
+        return bool(self.reasons(signs))
+
+    def reasons(self, signs: Signs) -> list[str]:
+        """Return which limits a generation is beyond, by name; `empty` if it says nothing."""
+        beyond = {
+            "empty": signs.n_tokens == 0,
+            "surprise": signs.surprise > self.max_surprise,
+            "repetition": signs.repetition > self.max_repetition,
+            "entropy": signs.entropy < self.min_entropy,
+        }
+        return [name for name, is_beyond in beyond.items() if is_beyond]
 
     def share(self, signs: Sequence[Signs]) -> float:
         """Return the share of generations that are incoherent."""

@@ -123,7 +123,7 @@ def _logprobs(
 
 @dataclass(frozen=True)
 class Generation:
-    """A continuation: its tokens and the mean entropy of the choices, in nats."""
+    """A greedy continuation: its tokens and the mean entropy of the choices, in nats."""
 
     ids: tuple[int, ...]
     entropy: float
@@ -136,10 +136,9 @@ def generate(
     n_tokens: int,
     *,
     plan: Plan | None = None,
-    chance: torch.Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
-    """Continue each prompt by at most `n_tokens`, greedily unless given `chance`.
+    """Continue each prompt greedily by at most `n_tokens`.
 
     Prompts of one length go together. Nothing is padded, so a batch is right for any architecture.
 
@@ -148,14 +147,13 @@ def generate(
         prompts: tokens of each, none empty.
         n_tokens: at most this many new ones, the end mark included.
         plan: acts on prompt and continuation.
-        chance: samples at temperature 1, from a CPU generator.
         progress: called with prompts done and in all.
     """
     results: list[Generation | None] = [None] * len(prompts)
     done = 0
     for group in _of_one_length(prompts):
         rows = [prompts[i] for i in group]
-        for i, generation in zip(group, _continue(host, rows, n_tokens, plan, chance), strict=True):
+        for i, generation in zip(group, _continue(host, rows, n_tokens, plan), strict=True):
             results[i] = generation
         done += len(group)
         if progress is not None:
@@ -181,11 +179,7 @@ def _of_one_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _continue(
-    host: SteeredModel,
-    prompts: Sequence[Sequence[int]],
-    n_tokens: int,
-    plan: Plan | None,
-    chance: torch.Generator | None,
+    host: SteeredModel, prompts: Sequence[Sequence[int]], n_tokens: int, plan: Plan | None
 ) -> list[Generation]:
     end_ids = end_tokens(host)
     n_rows, n_prompt = len(prompts), len(prompts[0])
@@ -203,10 +197,7 @@ def _continue(
         assert cache  # without one the next step would see a single token
         logprobs = output.logits[:, -1].float().log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        if chance is None:
-            ids = logprobs.argmax(-1, keepdim=True)
-        else:
-            ids = torch.multinomial(logprobs.exp().cpu(), 1, generator=chance).to(host.device)
+        ids = logprobs.argmax(-1, keepdim=True)
         for r in range(n_rows):
             if is_open[r]:
                 new[r].append(int(ids[r, 0]))

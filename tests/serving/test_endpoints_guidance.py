@@ -169,10 +169,9 @@ def test_metrics_have_the_readings(served):
     assert served.metric("trimtab_probe_count") - before == 12 * 3
 
 
-def test_gates_read_classifiers(served):
+def test_gates_read_classifiers(transformers_served):
     """A gate on a label that reads another label."""
-    if is_fake(served):
-        pytest.skip("has no hidden states to read")
+    served = transformers_served
     fired = {}
     for label in ("casual", "expert", "concise"):
         when = {"probe": f"tone/{label}", "above": 0.34}
