@@ -15,7 +15,8 @@ from trimtab.attribution.subject import Subject
 from trimtab.attribution.tree import Tree, Trunk
 from trimtab.steering.model.hooks import steered
 from trimtab.steering.plan import Plan
-from trimtab.steering.step import Span, SteeredRequest, SteerStep
+from trimtab.steering.steered_request import SteeredRequest
+from trimtab.steering.step import Span, SteerStep
 
 
 class Reader:

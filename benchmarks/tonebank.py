@@ -47,7 +47,8 @@ from trimtab.steering.model.hooks import captured, steered
 from trimtab.steering.model.loading import load_model
 from trimtab.steering.model.profile import profile_model
 from trimtab.steering.plan import Guide, LayerTerm, Plan, Reader, additive_plan, plan_of
-from trimtab.steering.step import Span, SteeredRequest, SteerStep
+from trimtab.steering.steered_request import SteeredRequest
+from trimtab.steering.step import Span, SteerStep
 from trimtab.training.coherence import MAX_SHARE, Coherence, Signs
 from trimtab.training.scoring import Generation, answer_of, end_tokens, repetition
 from trimtab.training.steered_model import SteeredModel

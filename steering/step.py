@@ -13,34 +13,10 @@ import numpy as np
 import torch
 
 from trimtab.kernels import probabilities, read, steer
-from trimtab.steering.bank import Bank, Lease
+from trimtab.steering.bank import Bank
 from trimtab.steering.guidance_work import GuidanceWork, plan_guidance
 from trimtab.steering.plan import Gate, Reader
-
-
-@dataclass(eq=False)
-class SteeredRequest:
-    """A request's lease with what its gates have decided so far.
-
-    Attributes:
-        lease: its slots.
-        n_prompt: length of its prompt in tokens.
-        latched: decision of each per-prompt gate, by part index.
-        n_steered: tokens changed so far (inside a window and its gate open).
-        n_inside: tokens inside each part's window so far, gate open or not.
-        n_open: of those, the ones at which the gate was open.
-    """
-
-    lease: Lease
-    n_prompt: int
-    latched: dict[int, float] = field(default_factory=dict)
-    n_steered: int = 0
-    n_inside: list[int] = field(default_factory=list)
-    n_open: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.n_inside = [0] * len(self.lease.slots)
-        self.n_open = [0] * len(self.lease.slots)
+from trimtab.steering.steered_request import SteeredRequest
 
 
 @dataclass(eq=False)
@@ -97,6 +73,7 @@ class _Reading:
     tokens: slice
     part: int
     request: SteeredRequest
+    start: int  # absolute position of the first token
 
 
 @dataclass
@@ -162,7 +139,7 @@ class SteerStep:
             if span.start != 0 or span.n_tokens < request.n_prompt:
                 raise ValueError("a per-prompt gate needs the whole prompt in one forward pass")
             tokens = slice(tokens.start, tokens.start + request.n_prompt)
-        reading = _Reading(gate, tokens, part, request)
+        reading = _Reading(gate, tokens, part, request, span.start)
         self._readings.setdefault(gate.layer, []).append(reading)
 
     def _watch(self, watch: Watch, token: int) -> None:
@@ -266,23 +243,10 @@ class SteerStep:
             assert watched.seen is not None  # the pass went through the layer
             for (watch, i), row in zip(watched.into, watched.seen.tolist(), strict=True):
                 watch.latest[i] = row
-        inside = self._slots > 0
-        opened = inside
-        if self._gates is not None:
-            opened = inside & (self._gates > 0).cpu().numpy()
-        # Sums up to each token: a request's count is the difference over its span.
-        steered = _running_sum(opened.any(1)).tolist()
-        n_inside, n_open = _running_sum(inside).tolist(), _running_sum(opened).tolist()
-        for tokens, request in self._requests:
-            first, stop = tokens.start, tokens.stop
-            request.n_steered += steered[stop] - steered[first]
-            for part in range(len(request.lease.slots)):
-                request.n_inside[part] += n_inside[stop][part] - n_inside[first][part]
-                request.n_open[part] += n_open[stop][part] - n_open[first][part]
-
-
-def _running_sum(flags: np.ndarray) -> np.ndarray:
-    """Return how many of the first n rows are set, for n from 0 to all of them."""
-    sums = np.zeros((len(flags) + 1, *flags.shape[1:]), dtype=np.int64)
-    np.cumsum(flags, axis=0, out=sums[1:])
-    return sums
+        for reading in (r for at_layer in self._readings.values() for r in at_layer):
+            if reading.gate.per_prompt:
+                continue  # latched when it was read
+            assert self._gates is not None
+            inside = self._slots[reading.tokens, reading.part] > 0
+            is_open = (self._gates[reading.tokens, reading.part] > 0).cpu().numpy()
+            reading.request.saw(reading.part, reading.start, inside, is_open)

@@ -12,7 +12,8 @@ from trimtab.steering.model.hooks import steered
 from trimtab.steering.model.loading import LoadedModel
 from trimtab.steering.model.profile import ModelProfile
 from trimtab.steering.plan import Plan
-from trimtab.steering.step import Span, SteeredRequest, SteerStep
+from trimtab.steering.steered_request import SteeredRequest
+from trimtab.steering.step import Span, SteerStep
 
 
 class SteeredModel:

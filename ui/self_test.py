@@ -16,7 +16,8 @@ def steering_problem() -> str | None:
     from trimtab.steering.model.hooks import captured, steered
     from trimtab.steering.model.profile import profile_model
     from trimtab.steering.plan import additive_plan
-    from trimtab.steering.step import Span, SteeredRequest, SteerStep
+    from trimtab.steering.steered_request import SteeredRequest
+    from trimtab.steering.step import Span, SteerStep
 
     config = LlamaConfig(
         vocab_size=64,

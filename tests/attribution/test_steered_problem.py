@@ -24,7 +24,8 @@ from trimtab.steering.plan import (
     additive_plan,
     fingerprint_of,
 )
-from trimtab.steering.step import Span, SteeredRequest, SteerStep
+from trimtab.steering.steered_request import SteeredRequest
+from trimtab.steering.step import Span, SteerStep
 from trimtab.steering.window import Window
 
 

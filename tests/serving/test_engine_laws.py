@@ -33,7 +33,8 @@ from trimtab.steering.errors import SpecError
 from trimtab.steering.model.loading import LoadedModel
 from trimtab.steering.model.profile import profile_model
 from trimtab.steering.plan import Plan, additive_plan
-from trimtab.steering.step import Span, SteeredRequest
+from trimtab.steering.steered_request import SteeredRequest
+from trimtab.steering.step import Span
 
 PACKED = {"gemma3", "gemma3_multimodal", "gpt2", "llama", "mixtral", "qwen3", "qwen3_moe"}
 

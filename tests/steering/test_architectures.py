@@ -15,7 +15,8 @@ from trimtab.steering.model.decoder import find_decoder_layers, text_config
 from trimtab.steering.model.hooks import captured, steered
 from trimtab.steering.model.profile import fingerprint, profile_model
 from trimtab.steering.plan import additive_plan
-from trimtab.steering.step import Span, SteeredRequest, SteerStep
+from trimtab.steering.steered_request import SteeredRequest
+from trimtab.steering.step import Span, SteerStep
 
 IDS = (torch.arange(20).view(2, 10) * 7 + 3) % 119  # below the images' token ids
 NAMES = {"gpt2": "GPT2Block", "mamba": "MambaBlock"}

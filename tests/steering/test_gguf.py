@@ -24,7 +24,8 @@ from trimtab.steering.model.decoder import find_decoder_layers
 from trimtab.steering.model.hooks import steered
 from trimtab.steering.model.loading import LoadedModel
 from trimtab.steering.plan import additive_plan
-from trimtab.steering.step import Span, SteeredRequest, SteerStep
+from trimtab.steering.steered_request import SteeredRequest
+from trimtab.steering.step import Span, SteerStep
 from trimtab.steering.vector import VectorArtifact
 
 WIDTH = 24

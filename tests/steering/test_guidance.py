@@ -18,7 +18,8 @@ from trimtab.steering.compile import Limits, compile_plan
 from trimtab.steering.errors import ArtifactError, DoseError, NotFoundError, SpecError
 from trimtab.steering.plan import Plan
 from trimtab.steering.spec import parse_spec
-from trimtab.steering.step import Span, SteeredRequest, SteerStep, Watch
+from trimtab.steering.steered_request import SteeredRequest
+from trimtab.steering.step import Span, SteerStep, Watch
 from trimtab.steering.vector import VectorArtifact
 
 WIDTH, N_LAYERS = 16, 3

@@ -16,7 +16,8 @@ from trimtab.steering.bank import Bank
 from trimtab.steering.model.decoder import find_decoder_layers
 from trimtab.steering.model.hooks import captured, steered
 from trimtab.steering.plan import Plan, additive_plan
-from trimtab.steering.step import Span, SteeredRequest, SteerStep
+from trimtab.steering.steered_request import SteeredRequest
+from trimtab.steering.step import Span, SteerStep
 from trimtab.steering.window import Window
 
 WIDTH, N_LAYERS = 32, 4

@@ -16,7 +16,8 @@ from trimtab.steering.bank import Bank
 from trimtab.steering.compile import Limits, compile_plan
 from trimtab.steering.plan import Plan
 from trimtab.steering.spec import parse_spec
-from trimtab.steering.step import Span, SteeredRequest, SteerStep
+from trimtab.steering.steered_request import Counts, SteeredRequest
+from trimtab.steering.step import Span, SteerStep
 from trimtab.steering.vector import VectorArtifact
 
 WIDTH, N_LAYERS = 16, 3
@@ -245,7 +246,8 @@ def test_windows_do_not_depend_on_the_chunks(
     whole = SteeredRequest(lease, n_prompt)
     one = passed(SteerStep(bank, [Span(10, 0, whole, marks)]), hidden)
     assert (one != hidden).any(1).tolist() == expected
-    assert whole.n_inside == [whole.n_steered] == [sum(expected)]
+    counts = whole.count(10, marks)
+    assert counts.n_inside == (counts.n_steered,) == (sum(expected),)
     cuts = [0, *sorted(data.draw(st.sets(st.integers(1, 9)))), 10]
     chunked = SteeredRequest(lease, n_prompt)
     pieces = [
@@ -256,7 +258,7 @@ def test_windows_do_not_depend_on_the_chunks(
         for at, end in itertools.pairwise(cuts)
     ]
     assert torch.equal(torch.cat(pieces), one)
-    assert (chunked.n_inside, chunked.n_steered) == (whole.n_inside, whole.n_steered)
+    assert chunked.count(10, marks) == counts
 
 
 def test_parts_of_one_request_have_their_own_windows(bank: Bank) -> None:
@@ -316,9 +318,10 @@ def test_a_token_gate_matches_the_formula(bank: Bank, side: str, sign: int, laye
     assert torch.allclose(got[4:], expected, atol=1e-6)
     assert torch.equal(got[4:][~is_open], hidden[4:][~is_open])
     assert torch.allclose(got[:4], hidden[:4] + SHELF.vector("c").row(1), atol=1e-6)
-    assert (request.n_inside, request.n_steered) == ([36], int(is_open.sum()))
-    assert request.n_open == [request.n_steered]
-    assert (other.n_inside, other.n_open, other.n_steered) == ([4], [4], 4)
+    counts = request.count(36)
+    assert (counts.n_inside, counts.n_steered) == ((36,), int(is_open.sum()))
+    assert counts.n_open == (counts.n_steered,)
+    assert other.count(4) == Counts(4, (4,), (4,), {})
 
 
 def test_a_gate_reads_the_states_before_its_own_steering(bank: Bank) -> None:

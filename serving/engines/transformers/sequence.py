@@ -13,7 +13,8 @@ from trimtab.serving.engines.base import Delta, FinishReason, Request, TokenLogp
 from trimtab.serving.engines.transformers.runner import Chunk
 from trimtab.serving.engines.transformers.sampler import SamplerState
 from trimtab.steering.bank import Lease
-from trimtab.steering.step import Span, SteeredRequest, Watch
+from trimtab.steering.steered_request import SteeredRequest, counts_of
+from trimtab.steering.step import Span, Watch
 
 
 @dataclass(frozen=True)
@@ -113,19 +114,10 @@ class Sequence:
         plan = self.request.plan
         if plan is None:
             return None
-        state = self.steered
-        gates = []
-        for i, part in enumerate(plan.parts):
-            if part.gate is None:
-                continue
-            gate: dict[str, Any] = {"probe": part.gate.probe, "layer": part.gate.layer}
-            if part.gate.per_prompt:
-                gate["fired"] = bool(state.latched.get(i)) if state else False
-            else:
-                n_inside = state.n_inside[i] if state else 0
-                gate["fired"] = round(state.n_open[i] / n_inside, 4) if state and n_inside else 0.0
-            gates.append(gate)
-        return {"steered_tokens": state.n_steered if state else 0, "gates": gates}
+        if self.steered is None:
+            return counts_of(plan, n_prompt=self.n_prompt, n_tokens=0).receipt(plan)
+        thinking = self._thinking(0, self.done)
+        return self.steered.count(self.done, thinking).receipt(plan)
 
     def end(self, reason: FinishReason, *, text: str = "", **more: Any) -> None:
         """Send the last delta."""
