@@ -7,14 +7,13 @@ that finds no room is not an error: the caller keeps the request waiting.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from trimtab.kernels import LayerBank
-from trimtab.steering.errors import SpecError
+from trimtab.steering.bank_room import Needs, check_fits
 from trimtab.steering.goal_table import GoalTable
 from trimtab.steering.plan import MAX_RANK, Gate, Guide, Part, Plan
 from trimtab.steering.reader_shelf import ReaderShelf
@@ -93,6 +92,10 @@ class Bank:
         self.max_rows = max_rows
         self.max_low_rank = max_low_rank
 
+    def holds(self, lease: Lease) -> bool:
+        """Return whether a lease has not been released."""
+        return lease in self._leases
+
     @property
     def n_live(self) -> int:
         """Slots in use."""
@@ -109,26 +112,26 @@ class Bank:
             low_of=self.low_of[index],
         )
 
+    @property
+    def size(self) -> Needs:
+        """All it can hold."""
+        return Needs(self.max_slots, self.max_rows, self.max_low_rank, self.max_guides)
+
     def check_fits(self, plan: Plan, *, param: str = "steering") -> None:
         """Refuse a plan that could never be held, even by an empty bank.
 
         Raises:
             SpecError: it needs more rows or low-rank pairs than the bank has.
         """
-        need = _needs(plan.parts)
-        have = _Needs(self.max_slots, self.max_rows, self.max_low_rank, self.max_guides)
-        if not need.within(have):
-            raise SpecError(
-                f"{param} needs {need}; this server has {have}. Name fewer layers.", param=param
-            )
+        check_fits(plan, self.size, param=param)
 
     def acquire(self, plan: Plan) -> Lease | None:
         """Hold a plan's parts, or return None (and change nothing) while there is no room."""
         new = [part for part in plan.parts if part.digest not in self._slot_of]
-        free = _Needs(
+        free = Needs(
             len(self._free_slots), len(self._free_rows), len(self._free_low), self.goals.n_free
         )
-        if not _needs(new).within(free):
+        if not Needs.of(new).within(free):
             return None
         slots = []
         for part in plan.parts:
@@ -216,38 +219,3 @@ class _Held:
         self.count = 0
         self.rows: list[int] = []
         self.low: list[int] = []
-
-
-@dataclass(frozen=True)
-class _Needs:
-    slots: int
-    rows: int
-    low: int
-    guides: int
-
-    def within(self, other: _Needs) -> bool:
-        return all(
-            mine <= its
-            for mine, its in (
-                (self.slots, other.slots),
-                (self.rows, other.rows),
-                (self.low, other.low),
-                (self.guides, other.guides),
-            )
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"{self.slots} slots, {self.rows} rows, {self.low} low-rank pairs and "
-            f"{self.guides} guides"
-        )
-
-
-def _needs(parts: Sequence[Part]) -> _Needs:
-    terms = [term for part in parts for term in part.layers.values()]
-    return _Needs(
-        slots=len(parts),
-        rows=sum(term.add is not None for term in terms),
-        low=sum(len(term.low_a) for term in terms if term.low_a is not None),
-        guides=sum(len(term.guides) for term in terms),
-    )

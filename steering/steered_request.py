@@ -82,6 +82,17 @@ class Counts:
     n_open: tuple[int, ...]
     latched: dict[int, float]
 
+    def packed(self) -> list[Any]:
+        """Return them as plain values."""
+        latched = [[part, value] for part, value in self.latched.items()]
+        return [self.n_steered, list(self.n_inside), list(self.n_open), latched]
+
+    @classmethod
+    def unpacked(cls, values: list[Any]) -> Counts:
+        """Return what `packed` packed."""
+        n_steered, n_inside, n_open, latched = values
+        return cls(n_steered, tuple(n_inside), tuple(n_open), dict(map(tuple, latched)))
+
     def receipt(self, plan: Plan) -> dict[str, Any]:
         """Return the runtime half of a steering receipt: tokens steered, gates fired."""
         gates = []

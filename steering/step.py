@@ -19,6 +19,13 @@ from trimtab.steering.plan import Gate, Reader
 from trimtab.steering.steered_request import SteeredRequest
 
 
+class SplitPromptError(ValueError):
+    """A gate that reads the whole prompt got a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__("a per-prompt gate needs the whole prompt in one forward pass")
+
+
 @dataclass(eq=False)
 class Watch:
     """What a request's probes read, steered or not.
@@ -137,7 +144,7 @@ class SteerStep:
     ) -> None:
         if gate.per_prompt:
             if span.start != 0 or span.n_tokens < request.n_prompt:
-                raise ValueError("a per-prompt gate needs the whole prompt in one forward pass")
+                raise SplitPromptError
             tokens = slice(tokens.start, tokens.start + request.n_prompt)
         reading = _Reading(gate, tokens, part, request, span.start)
         self._readings.setdefault(gate.layer, []).append(reading)
@@ -179,6 +186,24 @@ class SteerStep:
     def layers(self) -> list[int]:
         """Layers whose output must pass through `apply`, ascending."""
         return sorted({*self._layers, *self._guidance, *self._readings, *self._watched})
+
+    def is_at(self, layer: int) -> bool:
+        """True if a layer's output must pass through `apply`."""
+        return any(
+            layer in work for work in (self._layers, self._guidance, self._readings, self._watched)
+        )
+
+    def touched(self, layer: int) -> torch.Tensor | None:
+        """Return the tokens that `apply` may change at a layer, `[n]`, int64; None means all."""
+        indices = [work.index for work in self._guidance.get(layer, ())]
+        if layer in self._layers:
+            indices.append(self._layers[layer].index)
+        if any(index is None for index in indices):
+            return None
+        known = [index for index in indices if index is not None]
+        if not known:
+            return torch.zeros(0, dtype=torch.int64, device=self.bank.device)
+        return known[0] if len(known) == 1 else torch.cat(known).unique()
 
     def apply(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return a layer's steered output; the input is not changed.

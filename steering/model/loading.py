@@ -60,7 +60,7 @@ def load_model(
     """
     on_device, device_reason = _device(device)
     in_dtype, dtype_reason = _dtype(dtype, device=on_device)
-    name, source, model_reason = _located(model, revision=revision)
+    name, source, model_reason = located(model, revision=revision)
     with _bars_where_seen(model):
         try:
             loaded, tokenizer = _read(source, revision=revision, device=on_device, dtype=in_dtype)
@@ -124,8 +124,12 @@ def _dtype(asked: str, *, device: torch.device) -> tuple[torch.dtype | None, str
     return cpu_dtype() if device.type == "cpu" else (None, "")
 
 
-def _located(model: str, *, revision: str | None) -> tuple[str, str, str]:
-    """Return the model's public name, what transformers is given, and the reason."""
+def located(model: str, *, revision: str | None = None) -> tuple[str, str, str]:
+    """Find a model: its public name, what transformers is given, and why that.
+
+    Raises:
+        ModelLoadError: there is nothing of that name here, or it is no model.
+    """
     if not model:
         raise ModelLoadError(
             f"No model was named. Give {DEFAULT_MODEL_ID!r}, a local folder, or a Hugging Face id."
@@ -161,7 +165,7 @@ def _read(
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     config = AutoConfig.from_pretrained(source, **options)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    loaded, facts = _loader_for(config).from_pretrained(
+    loaded, facts = loader_for(config).from_pretrained(
         source,
         config=config,
         dtype="auto" if dtype is None else dtype,
@@ -180,7 +184,7 @@ def _read(
     return loaded, tokenizer
 
 
-def _loader_for(config: Any) -> Any:
+def loader_for(config: Any) -> Any:
     """Return the auto class for this configuration: text first, else text with images."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (

@@ -13,6 +13,7 @@ from torch import nn
 from trimtab.steering.artifact import ModelRef
 from trimtab.steering.model.decoder import find_decoder_layers, text_config
 from trimtab.steering.model.hooks import captured
+from trimtab.steering.model.loading import loader_for
 
 # Keys of a config that do not change what the weights compute.
 _VOLATILE = {
@@ -82,24 +83,58 @@ def profile_model(model: Any, *, model_id: str, tokenizer: Any = None) -> ModelP
     """
     layers = find_decoder_layers(model)
     config = text_config(model)
-    ids = tokenizer(_SAMPLE)["input_ids"] if tokenizer is not None else None
-    if not ids:
-        ids = [(7 * i) % config.vocab_size for i in range(1, 48)]
     max_context = int(getattr(config, "max_position_embeddings", 0) or 2048)
-    ids = ids[: min(max_context, 256)]
+    ids = sample_ids(tokenizer, vocab_size=config.vocab_size, max_context=max_context)
     device = next(model.parameters()).device
     with torch.no_grad(), captured(layers, range(len(layers))) as states:
         model(input_ids=torch.tensor([ids], device=device), use_cache=False)
         norms = [states[i][0, 1:].float().norm(dim=-1).median() for i in range(len(layers))]
     return ModelProfile(
-        ref=ModelRef(
-            id=model_id,
-            fingerprint=fingerprint(model),
-            model_type=model.config.model_type,
-            hidden_size=config.hidden_size,
-            n_layers=len(layers),
-        ),
+        ref=_ref(model, model_id=model_id, n_layers=len(layers)),
         layers=tuple(layers),
         hidden_norms=torch.stack(norms).cpu().clamp_min(1e-6),
         max_context=max_context,
+    )
+
+
+def sample_ids(tokenizer: Any, *, vocab_size: int, max_context: int) -> list[int]:
+    """Return the tokens on which typical norms are measured; the first is not counted.
+
+    Args:
+        tokenizer: the model's; without one, fixed ids stand in for text.
+        vocab_size: of the model.
+        max_context: most tokens it can attend to.
+    """
+    ids = tokenizer(_SAMPLE)["input_ids"] if tokenizer is not None else None
+    if not ids:
+        ids = [(7 * i) % vocab_size for i in range(1, 48)]
+    return list(ids[: min(max_context, 256)])
+
+
+def ref_without_weights(source: str, *, model_id: str) -> ModelRef:
+    """Return the identity of a model that is loaded elsewhere, from its configuration alone.
+
+    Args:
+        source: a folder or Hugging Face id.
+        model_id: name to write into artifacts.
+
+    Raises:
+        ModelLoadError: not a decoder-only language model.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with torch.device("meta"):
+        model = loader_for(config).from_config(config)
+    n_layers = int(text_config(model).num_hidden_layers)
+    return _ref(model, model_id=model_id, n_layers=n_layers)
+
+
+def _ref(model: Any, *, model_id: str, n_layers: int) -> ModelRef:
+    return ModelRef(
+        id=model_id,
+        fingerprint=fingerprint(model),
+        model_type=model.config.model_type,
+        hidden_size=text_config(model).hidden_size,
+        n_layers=n_layers,
     )

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from trimtab.serving.engines.base import (
     OverloadedError,
     Request,
 )
+from trimtab.serving.engines.delta_stream import DeltaStream
 from trimtab.serving.engines.transformers.batcher import Batcher
 from trimtab.serving.engines.transformers.kv import KVRows, bytes_per_token
 from trimtab.serving.engines.transformers.runner import (
@@ -33,13 +34,14 @@ from trimtab.serving.engines.transformers.runner import (
     packing_problem,
 )
 from trimtab.serving.engines.transformers.sampler import SamplerState
-from trimtab.serving.engines.transformers.sequence import Sequence, ThinkingMarks
+from trimtab.serving.engines.transformers.sequence import Sequence
 from trimtab.serving.engines.transformers.slices import SliceQueue
 from trimtab.steering.bank import Bank
 from trimtab.steering.model.decoder import text_config
 from trimtab.steering.model.loading import LoadedModel
 from trimtab.steering.model.memory import free_bytes
 from trimtab.steering.model.profile import ModelProfile, profile_model
+from trimtab.steering.thinking import ThinkingMarks
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ class TransformersEngine:
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self._outbox: list[tuple[_Stream, Delta | Exception]] = []
+        self._outbox: list[tuple[DeltaStream, Delta | Exception]] = []
         self._slices = SliceQueue(share=self.config.slice_share)
         self._subject: Subject | None = None
         self.loaded: LoadedModel | None = None
@@ -155,15 +157,13 @@ class TransformersEngine:
                 f"{load} sequences run or wait and at most {room} may; try again shortly.",
                 retry_after_s=max(1, load // max(1, self.config.max_concurrent)),
             )
-        streams = [_Stream(self._cancel) for _ in requests]
-        sequences = []
-        for request, stream in zip(requests, streams, strict=True):
+        for request in requests:
             self.check(request)
-            sequences.append(self._sequence(request, stream))
-        batcher.submit(sequences)
+        queued = [self._queued(request) for request in requests]
+        batcher.submit([sequence for sequence, _ in queued])
         with self._wake:
             self._wake.notify()
-        return list(streams)
+        return [stream for _, stream in queued]
 
     @property
     def model_access(self) -> ModelAccess | None:
@@ -243,7 +243,7 @@ class TransformersEngine:
         choices = dict(loaded.reasons)
         runner, max_context = self._runner(loaded, profile, bank, choices)
         ends = _end_ids(loaded)
-        self._marks = _thinking_marks(loaded.tokenizer)
+        self._marks = ThinkingMarks.of(loaded.tokenizer)
         self._batcher = Batcher(
             runner,
             bank=bank,
@@ -295,20 +295,16 @@ class TransformersEngine:
         choices["context"] = f"{profile.max_context} tokens a sequence"
         return SoloRunner(loaded.model, profile.layers, bank=bank), profile.max_context
 
-    def _sequence(self, request: Request, stream: _Stream) -> Sequence:
-        def emit(item: Delta | Exception) -> None:
-            self._outbox.append((stream, item))
-
-        tokenizer = self.info.tokenizer
+    def _queued(self, request: Request) -> tuple[Sequence, DeltaStream]:
+        stream = DeltaStream(lambda: self._cancel(sequence))
         sequence = Sequence(
             request,
-            emit,
-            Detokenizer(tokenizer, stop=request.sampling.stop),
+            lambda item: self._outbox.append((stream, item)),
+            Detokenizer(self.info.tokenizer, stop=request.sampling.stop),
             SamplerState.of(request.sampling, request.prompt_ids),
             self._marks,
         )
-        stream.sequence = sequence
-        return sequence
+        return sequence, stream
 
     def _deliver(self) -> None:
         """Hand a step's deltas to the event loop in one call."""
@@ -327,45 +323,7 @@ class TransformersEngine:
             self._wake.notify()
 
 
-class _Stream:
-    """One request's deltas on the event loop. Leaving it before its end cancels the request."""
-
-    def __init__(self, cancel: Callable[[Sequence], None]) -> None:
-        self._cancel = cancel
-        self._queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
-        self._is_over = False
-        self.sequence: Sequence | None = None
-
-    def put(self, item: Delta | Exception) -> None:
-        self._queue.put_nowait(item)
-
-    def __aiter__(self) -> _Stream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        if self._is_over:
-            raise StopAsyncIteration
-        try:
-            item = await self._queue.get()
-        except BaseException:
-            await self.aclose()
-            raise
-        if isinstance(item, Exception):
-            self._is_over = True
-            raise item
-        if item.finish_reason is not None:
-            self._is_over = True
-        return item
-
-    async def aclose(self) -> None:
-        """Cancel the request unless it has ended."""
-        if not self._is_over:
-            self._is_over = True
-            if self.sequence is not None:
-                self._cancel(self.sequence)
-
-
-def _hand_out(outbox: list[tuple[_Stream, Delta | Exception]]) -> None:
+def _hand_out(outbox: list[tuple[DeltaStream, Delta | Exception]]) -> None:
     for stream, item in outbox:
         stream.put(item)
 
@@ -376,10 +334,3 @@ def _end_ids(loaded: LoadedModel) -> frozenset[int]:
     ids = {ends} if isinstance(ends, int) else set(ends or ())
     own = getattr(loaded.tokenizer, "eos_token_id", None)
     return frozenset(ids | ({own} if isinstance(own, int) else set()))
-
-
-def _thinking_marks(tokenizer: Any) -> ThinkingMarks | None:
-    vocab = tokenizer.get_vocab()
-    if "<think>" in vocab and "</think>" in vocab:
-        return ThinkingMarks(vocab["<think>"], vocab["</think>"])
-    return None

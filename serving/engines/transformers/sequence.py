@@ -15,14 +15,7 @@ from trimtab.serving.engines.transformers.sampler import SamplerState
 from trimtab.steering.bank import Lease
 from trimtab.steering.steered_request import SteeredRequest, counts_of
 from trimtab.steering.step import Span, Watch
-
-
-@dataclass(frozen=True)
-class ThinkingMarks:
-    """Token ids that open and close a thinking span."""
-
-    open: int
-    close: int
+from trimtab.steering.thinking import ThinkingMarks, ThinkingSpans
 
 
 @dataclass
@@ -54,13 +47,12 @@ class Sequence:
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    _is_thinking: bool = False
-    _thinking_at: list[bool] = field(default_factory=list)
+    _spans: ThinkingSpans | None = None
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt_ids)
-        for token in self.ids if self.marks is not None else ():
-            self._mark(token)
+        if self.marks is not None:
+            self._spans = ThinkingSpans(self.marks, self.ids)
 
     @property
     def n_prompt(self) -> int:
@@ -105,9 +97,8 @@ class Sequence:
         """Append a chosen token."""
         self.ids.append(token_id)
         self.sampler.record(token_id)
-        if self.marks is not None:
-            self._thinking_at.append(self._is_thinking or token_id == self.marks.open)
-            self._mark(token_id)
+        if self._spans is not None:
+            self._spans.push(token_id)
 
     def receipt(self) -> dict[str, Any] | None:
         """Return the runtime half of the steering receipt, None for an unsteered request."""
@@ -123,15 +114,5 @@ class Sequence:
         """Send the last delta."""
         self.emit(Delta(text=text, finish_reason=reason, steering=self.receipt(), **more))
 
-    def _mark(self, token_id: int) -> None:
-        assert self.marks is not None
-        if token_id == self.marks.open:
-            self._is_thinking = True
-        elif token_id == self.marks.close:
-            self._is_thinking = False
-
     def _thinking(self, start: int, n: int) -> np.ndarray | None:
-        if self.marks is None or start + n <= self.n_prompt:
-            return None
-        flags = [False] * self.n_prompt + self._thinking_at
-        return np.array(flags[start : start + n], dtype=bool)
+        return None if self._spans is None else self._spans.flags(start, n)

@@ -1,0 +1,1 @@
+"""The vLLM engine: our bank and op inside vLLM's workers, driven through AsyncLLM."""

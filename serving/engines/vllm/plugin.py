@@ -1,0 +1,149 @@
+"""The entry point that vLLM calls in every one of its processes, and everything it changes there.
+
+vLLM has no interface for steering, so these methods are wrapped; each wrapper calls the original
+once, with its own arguments, and does nothing for a request that is not steered. `contract.py`
+names what is relied on, and a version in which something is missing is refused when it starts.
+
+    where                             what is added
+    Worker.load_model                 the decoder layers are armed, the runner is watched
+    VllmConfig.__post_init__          the compile cache's key, graph splits, refused options
+    Request.__init__                  the prefix cache's salt
+    generate_block_hash_extra_keys    the key of answer blocks
+    Scheduler.update_from_output      reports go on, failed requests end
+    OutputProcessor.process_outputs   reports are lifted off
+    AsyncLLM.add_request              `vllm_xargs.steering` is compiled (`plain_vllm.py`)
+
+TRIMTAB_VLLM=off leaves vLLM as it is, but for refusing requests that ask for steering.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from importlib.metadata import version
+from typing import Any
+
+from trimtab.steering.errors import ModelLoadError
+
+SWITCH = "TRIMTAB_VLLM"
+
+_is_registered = False
+
+
+def register() -> None:
+    """Install the wrappers in this process, once.
+
+    Raises:
+        ModelLoadError: this vLLM lacks something that steering relies on.
+    """
+    global _is_registered
+    if _is_registered:
+        return
+    from trimtab.serving.engines.vllm.plain_vllm import guard_requests
+
+    is_on = os.environ.get(SWITCH, "on").lower() not in ("off", "0", "false")
+    if is_on:
+        try:
+            _install()
+        except (ImportError, AttributeError) as error:
+            raise ModelLoadError(
+                f"trimtab does not fit vLLM {_vllm_version()}: {error}. Versions 0.26 to 0.32 are "
+                f"known to work; {SWITCH}=off runs vLLM without steering."
+            ) from error
+    guard_requests(is_on=is_on)
+    _is_registered = True
+
+
+def _vllm_version() -> str:
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def _install() -> None:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.request import Request
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from trimtab.serving.engines.vllm.reports import Pending, lift_off
+    from trimtab.serving.engines.vllm.vllm_config import fit_config
+    from trimtab.serving.engines.vllm.worker_rpc import WORKER_METHODS, load_and_arm
+
+    _wrap(Worker, "load_model", load_and_arm)
+    for name, method in WORKER_METHODS.items():
+        setattr(Worker, name, method)
+    _wrap(VllmConfig, "__post_init__", fit_config)
+    _wrap(Request, "__init__", _with_salt)
+    _wrap_block_keys()
+
+    def update(original: Any, scheduler: Any, scheduled: Any, output: Any) -> Any:
+        pending = scheduler.__dict__.setdefault("_trimtab_pending", Pending())
+        return pending.update(scheduler, scheduled, output, original)
+
+    _wrap(Scheduler, "update_from_output", update)
+
+    def process(original: Any, processor: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        lift_off(processor, outputs)
+        return original(processor, outputs, *args, **kwargs)
+
+    _wrap(OutputProcessor, "process_outputs", process)
+
+
+def _wrap(owner: Any, name: str, wrapper: Any) -> None:
+    """Let `wrapper(original, *args, **kwargs)` stand in for a method."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _with_salt(original: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    from trimtab.serving.engines.vllm.prefix_cache import cache_rule, salted
+
+    rule = cache_rule(kwargs.get("sampling_params"))
+    if rule is not None:
+        kwargs["cache_salt"] = salted(
+            kwargs.get("cache_salt"),
+            rule,
+            request_id=kwargs["request_id"],
+            shares_outside=_shares_outside,
+        )
+    original(request, *args, **kwargs)
+
+
+_shares_outside = False
+
+
+def _wrap_block_keys() -> None:
+    from vllm.v1.core import block_pool, kv_cache_utils
+
+    from trimtab.serving.engines.vllm.prefix_cache import answer_key
+
+    name = "generate_block_hash_extra_keys"
+    original = getattr(kv_cache_utils, name)
+
+    @functools.wraps(original)
+    def keys(request: Any, start: int, end: int, *args: Any, **kwargs: Any) -> Any:
+        extra, index = original(request, start, end, *args, **kwargs)
+        own = answer_key(request, end)
+        return ((*(extra or ()), own), index) if own is not None else (extra, index)
+
+    for module in (kv_cache_utils, block_pool):
+        getattr(module, name)
+        setattr(module, name, keys)
+
+
+def is_registered() -> bool:
+    """Return whether this process has been changed, for a check at start."""
+    return _is_registered and "vllm" in sys.modules
+
+
+def trimtab_version() -> str:
+    """Return the version that goes into the compile cache's key."""
+    return version("trimtab")

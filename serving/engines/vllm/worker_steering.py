@@ -1,0 +1,360 @@
+"""Steering inside one vLLM worker: the bank, the live requests, and the step that runs.
+
+The runner's hooks tell it which requests came, went and are in the batch (`runner_hooks.py`); the
+armed layers hand it their hidden states (`armed_layers.py`); what it has to say goes back with the
+step's output (`reports.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trimtab.kernels import Classifier
+from trimtab.serving.engines.vllm.plan_wire import (
+    KEY,
+    Carried,
+    unpacked_network,
+    unpacked_request,
+)
+from trimtab.steering.bank import Bank
+from trimtab.steering.plan import MAX_PARTS
+from trimtab.steering.steered_request import SteeredRequest
+from trimtab.steering.step import Span, SteerStep, Watch
+from trimtab.steering.thinking import ThinkingMarks, ThinkingSpans
+
+logger = logging.getLogger(__name__)
+
+# Classifiers' networks a worker keeps beyond those that running requests hold, last used first out.
+KEPT_NETWORKS = 256
+
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """One request's tokens in a forward pass.
+
+    Attributes:
+        id: vLLM's id of the request.
+        n_tokens: how many of its tokens are run.
+        start: absolute position of the first.
+        n_drafts: how many of the last are guesses that may be rejected.
+        ids: the sequence so far, for thinking spans; None where the host does not know it.
+    """
+
+    id: str
+    n_tokens: int
+    start: int
+    n_drafts: int = 0
+    ids: Tokens | None = None
+
+
+@dataclass(eq=False)
+class _Live:
+    carried: Carried
+    n_prompt: int
+    request: SteeredRequest | None = None  # None until it holds slots
+    watch: Watch | None = None
+    thinking: ThinkingSpans | None = None
+    norms: dict[int, list[float]] = field(default_factory=dict)
+    is_told: bool = False  # whether its first report has gone
+
+
+class WorkerSteering:
+    """The steering of one worker.
+
+    Args:
+        layers: decoder layers that this worker has and that are armed.
+        n_layers: decoder layers of the whole model.
+        hidden_size: width of the residual stream.
+        device: the worker's.
+        max_requests: requests that run at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Iterable[int],
+        n_layers: int,
+        hidden_size: int,
+        device: torch.device | str,
+        max_requests: int,
+    ) -> None:
+        self.layers = frozenset(layers)
+        self.n_layers = n_layers
+        self.bank = Bank(
+            n_layers=n_layers,
+            hidden_size=hidden_size,
+            device=device,
+            max_slots=MAX_PARTS * max_requests,
+            max_rows=max_requests * n_layers,
+        )
+        self.step: SteerStep | None = None
+        self.n_steered_steps = 0
+        self._live: dict[str, _Live] = {}
+        self._failed: dict[str, str] = {}
+        self._rows: list[BatchRow] = []
+        self._visited: set[int] = set()
+        self._wanted: frozenset[int] = frozenset()
+        self._measured: dict[str, dict[int, list[float]]] = {}
+        self._networks: OrderedDict[str, Classifier] = OrderedDict()
+
+    # --- requests
+
+    def admit(self, request_id: str, extra_args: dict[str, Any], prompt_ids: Tokens) -> None:
+        """Take a new request's steering in; whatever is wrong with it ends that request alone."""
+        try:
+            carried = extra_args.get(KEY)
+            if carried is None:
+                raise ValueError("its steering came to the engine uncompiled")
+            read = unpacked_request(carried, self._network)
+            live = _Live(read, len(prompt_ids))
+            if read.probes:
+                live.watch = Watch(read.probes)
+            if read.marks is not None:
+                live.thinking = ThinkingSpans(ThinkingMarks(*read.marks), prompt_ids)
+            for probe in read.probes:
+                self.bank.readers.hold(probe)
+        except Exception as error:  # a request's trouble is its own
+            self._fail(request_id, error)
+            return
+        self._live[request_id] = live
+
+    def forget(self, request_id: str) -> None:
+        """Let a finished request go."""
+        self._failed.pop(request_id, None)
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return
+        self._yield_slots(live)
+        for probe in live.carried.probes:
+            self.bank.readers.drop(probe)
+        if live.carried.measures:
+            self._measured[request_id] = live.norms
+
+    def preempt(self, request_id: str) -> None:
+        """Give a preempted request's slots to others; it takes new ones when it resumes."""
+        live = self._live.get(request_id)
+        if live is not None:
+            self._yield_slots(live)
+
+    def _yield_slots(self, live: _Live) -> None:
+        if live.request is not None and self.bank.holds(live.request.lease):
+            self.bank.release(live.request.lease)
+
+    def _take_slots(self, live: _Live) -> None:
+        plan = live.carried.plan
+        if plan is None or (live.request is not None and self.bank.holds(live.request.lease)):
+            return
+        lease = self.bank.acquire(plan)
+        if lease is None:
+            raise RuntimeError("the steering bank is full")
+        if live.request is None:
+            live.request = SteeredRequest(lease, live.n_prompt)
+        else:
+            live.request.lease = lease  # its gates' decisions stay
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        logger.warning("request %s cannot be steered", request_id, exc_info=error)
+        self._failed[request_id] = f"{type(error).__name__}: {error}"
+
+    # --- one forward pass
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no live request is steered or read."""
+        return not (self._live or self._failed)
+
+    def begin(self, rows: Sequence[BatchRow]) -> None:
+        """Plan a forward pass.
+
+        Args:
+            rows: the batch in the order of its tokens; requests that are not steered too.
+        """
+        self.step = None
+        self._rows = []
+        self._visited.clear()
+        self._wanted = frozenset()
+        if not self._live:
+            return
+        spans = [self._span(row) for row in rows]
+        if all(span.is_plain for span in spans) and not self._measuring(rows):
+            return
+        self._rows = list(rows)
+        try:
+            self.step = SteerStep(self.bank, spans)
+        except Exception:
+            self.step = self._careful_step(rows, spans)
+        wanted = range(self.n_layers) if self._measuring(rows) else self.step.layers
+        self._wanted = frozenset(wanted) & self.layers
+        self.n_steered_steps += 1
+
+    def _measuring(self, rows: Sequence[BatchRow]) -> bool:
+        return any(
+            (live := self._live.get(row.id)) is not None and live.carried.measures for row in rows
+        )
+
+    def _span(self, row: BatchRow) -> Span:
+        live = self._live.get(row.id)
+        if live is None or row.id in self._failed:
+            return Span(row.n_tokens, row.start)
+        try:
+            self._take_slots(live)
+            thinking = None
+            if live.thinking is not None:
+                if row.ids is None:
+                    raise RuntimeError("the host does not know the tokens of this pass")
+                for position in range(live.thinking.n_tokens, row.start + row.n_tokens):
+                    live.thinking.push(int(row.ids[position]))
+                thinking = live.thinking.flags(row.start, row.n_tokens)
+            return Span(row.n_tokens, row.start, live.request, thinking, live.watch)
+        except Exception as error:
+            self._fail(row.id, error)
+            return Span(row.n_tokens, row.start)
+
+    def _careful_step(self, rows: Sequence[BatchRow], spans: list[Span]) -> SteerStep:
+        """Find whose span cannot be planned; the others go on."""
+        good = []
+        for row, span in zip(rows, spans, strict=True):
+            try:
+                SteerStep(self.bank, [span])
+                good.append(span)
+            except Exception as error:
+                self._fail(row.id, error)
+                good.append(Span(row.n_tokens, row.start))
+        return SteerStep(self.bank, good)
+
+    def at_layer(self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Steer a layer's output in place.
+
+        The residual stream is `hidden + residual`, both `[n_tokens or more, d_model]`. A steered
+        token's new state goes whole into `hidden` and its residual becomes 0, so that nothing is
+        lost by subtracting; other tokens keep every bit.
+        """
+        step = self.step
+        if step is None or layer not in self._wanted:
+            return
+        self._visited.add(layer)
+        try:
+            n = step.n_tokens
+            mine = hidden[:n].float()
+            if residual is not None:
+                mine = mine + residual[:n]
+            self._measure(layer, mine)
+            if not step.is_at(layer):
+                return
+            changed = step.apply(layer, mine)
+            touched = step.touched(layer)
+            if touched is None:
+                hidden[:n].copy_(changed)
+                if residual is not None:
+                    residual[:n].zero_()
+            elif len(touched):
+                hidden.index_copy_(0, touched, changed[touched].to(hidden.dtype))
+                if residual is not None:
+                    residual.index_fill_(0, touched, 0)
+        except Exception as error:  # the step's plain requests must not suffer
+            self._fail_step(error)
+
+    def _measure(self, layer: int, states: torch.Tensor) -> None:
+        at = 0
+        for row in self._rows:
+            live = self._live.get(row.id)
+            if live is not None and live.carried.measures:
+                norms = states[at : at + row.n_tokens].norm(dim=-1)
+                live.norms.setdefault(layer, []).extend(norms.tolist())
+            at += row.n_tokens
+
+    def _fail_step(self, error: Exception) -> None:
+        for row in self._rows:
+            live = self._live.get(row.id)
+            if live is not None and (live.watch or (live.request and live.request.lease.slots)):
+                self._fail(row.id, error)
+        self.step = None
+
+    def end(self, sampled: dict[str, int] | None = None) -> dict[str, dict[str, Any]]:
+        """Close a forward pass and return what there is to tell of its requests, by id.
+
+        Args:
+            sampled: how many tokens each request got, to tell accepted drafts from rejected ones.
+
+        A report holds some of: `applied` (once, its steering has run in every layer it names),
+        `failed` (why it must end), `counts` (of a gated plan, so far), `probes` (of the last
+        token).
+        """
+        reports: dict[str, dict[str, Any]] = {}
+        step, rows = self.step, self._rows
+        self.step = None
+        if step is not None:
+            missed = self._wanted - self._visited
+            if missed:
+                self._fail_step(
+                    RuntimeError(f"the pass did not go through layers {sorted(missed)}")
+                )
+            else:
+                step.finish()
+                for row in rows:
+                    report = self._report(row, (sampled or {}).get(row.id, 1))
+                    if report:
+                        reports[row.id] = report
+        for name, why in self._failed.items():
+            reports[name] = {"failed": why}
+        self._rows = []
+        return reports
+
+    def _report(self, row: BatchRow, n_sampled: int) -> dict[str, Any]:
+        live = self._live.get(row.id)
+        if live is None:
+            return {}
+        report: dict[str, Any] = {}
+        if not live.is_told:
+            live.is_told = True
+            report["applied"] = True
+        plan = live.carried.plan
+        if plan is not None and live.request is not None and _has_gate(plan.parts):
+            n_rejected = max(0, row.n_drafts + 1 - n_sampled) if row.n_drafts else 0
+            n_tokens = row.start + row.n_tokens - n_rejected
+            flags = None if live.thinking is None else live.thinking.flags(0, n_tokens)
+            report["counts"] = live.request.count(n_tokens, flags).packed()
+        if live.watch is not None:
+            report["probes"] = [list(values) for values in live.watch.latest]
+        return report
+
+    # --- what the app may ask, beside requests
+
+    def learn(self, digest: str, packed: dict[str, Any]) -> None:
+        """Keep a classifier's network under its reader's digest."""
+        self._networks[digest] = unpacked_network(packed)
+        self._networks.move_to_end(digest)
+        while len(self._networks) > KEPT_NETWORKS:
+            self._networks.popitem(last=False)
+
+    def _network(self, digest: str) -> Classifier:
+        self._networks.move_to_end(digest)
+        return self._networks[digest]
+
+    def take_norms(self) -> dict[str, dict[int, list[float]]]:
+        """Return and forget what measuring requests saw: id -> layer -> |h| of each token."""
+        measured, self._measured = self._measured, {}
+        return measured
+
+    def stats(self) -> dict[str, int]:
+        """Return how many requests, slots and networks are held, and steps steered."""
+        return {
+            "requests": len(self._live),
+            "slots_used": self.bank.n_live,
+            "slots_total": self.bank.max_slots,
+            "networks": len(self._networks),
+            "readers": len(self.bank.readers),
+            "steered_steps": self.n_steered_steps,
+        }
+
+
+def _has_gate(parts: Iterable[Any]) -> bool:
+    return any(part.gate is not None for part in parts)
