@@ -1,0 +1,1 @@
+"""The vLLM engine: the same plans on vLLM's batches, as a plugin that vLLM loads itself."""
