@@ -97,6 +97,7 @@ class WorkerSteering:
         )
         self.step: SteerStep | None = None
         self.n_steered_steps = 0
+        self.n_preempted = 0
         self._live: dict[str, _Live] = {}
         self._failed: dict[str, str] = {}
         self._rows: list[BatchRow] = []
@@ -142,6 +143,7 @@ class WorkerSteering:
         """Give a preempted request's slots to others; it takes new ones when it resumes."""
         live = self._live.get(request_id)
         if live is not None:
+            self.n_preempted += 1
             self._yield_slots(live)
 
     def _yield_slots(self, live: _Live) -> None:
@@ -345,7 +347,7 @@ class WorkerSteering:
         return measured
 
     def stats(self) -> dict[str, int]:
-        """Return how many requests, slots and networks are held, and steps steered."""
+        """Return what is held, and how many steps were steered and requests preempted."""
         return {
             "requests": len(self._live),
             "slots_used": self.bank.n_live,
@@ -353,6 +355,7 @@ class WorkerSteering:
             "networks": len(self._networks),
             "readers": len(self.bank.readers),
             "steered_steps": self.n_steered_steps,
+            "preempted": self.n_preempted,
         }
 
 
