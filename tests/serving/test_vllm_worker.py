@@ -186,10 +186,12 @@ def test_padding_stays_when_every_token_is_steered() -> None:
 
 
 USES_GUIDANCE = ("guided", "several")
+STEP = "trimtab.steering.step"
+ADDING = (f"{STEP}.steer", f"{STEP}.shift", f"{worker_steering.__name__}.shift")
 
 
 @kinds
-@pytest.mark.parametrize("where", ["steer", "plan_guidance", "probabilities", "SteerStep.finish"])
+@pytest.mark.parametrize("where", ["adding", "plan_guidance", "probabilities", "SteerStep.finish"])
 def test_an_error_in_a_pass_ends_the_steered_and_spares_the_plain(
     kind: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,12 +207,13 @@ def test_an_error_in_a_pass_ends_the_steered_and_spares_the_plain(
     hidden = was.clone()
     rows = [BatchRow("plain", 2, 0), BatchRow("x", 7, 0), BatchRow("watched", 2, 0)]
     with monkeypatch.context() as patch:
-        patch.setattr(f"trimtab.steering.step.{where}", crash)
+        for name in ADDING if where == "adding" else (f"{STEP}.{where}",):
+            patch.setattr(name, crash)
         reports = one_pass(steering, rows, hidden)
     assert torch.equal(hidden[:2], was[:2])
     assert torch.equal(hidden[9:], was[9:])
     assert "plain" not in reports
-    is_used = {"steer": kind != "guided", "plan_guidance": kind in USES_GUIDANCE}.get(where, True)
+    is_used = {"adding": kind != "guided", "plan_guidance": kind in USES_GUIDANCE}.get(where, True)
     if is_used:
         assert "out of memory" in reports["x"]["failed"]
         # What goes wrong while a pass is planned is known to be one request's.
