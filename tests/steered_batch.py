@@ -6,7 +6,7 @@ tokens that vLLM chose; logits are compared, so that no near tie can turn a test
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ from trimtab.steering.step import Span, SteerStep
 from trimtab.steering.vector import VectorArtifact
 
 TOP = 20
+BOUND = 1e-3  # largest difference of a logit; they are up to 36
+SHOWS = 0.3  # steering that changes the logits less than this was not seen to be applied
 
 GATE = {"probe": "tone/expert", "above": 0.7, "layer": 9}
 GUIDED = {"classifier": "tone", "target": ["expert"], "steps": 3, "dose": 0.4, "over_dose": True}
@@ -121,9 +123,21 @@ class SteeredBatch:
         )
 
     def run(
-        self, llm: Any, plans: Mapping[str, Plan | None], *, max_tokens: int = 16, lora: Any = None
+        self,
+        llm: Any,
+        plans: Mapping[str, Plan | None],
+        *,
+        max_tokens: int = 20,
+        adapters: Mapping[str, Any] | None = None,
     ) -> dict[str, Answered]:
-        """Run the plans in one batch on an in-process `vllm.LLM`, each after one of `TEXTS`."""
+        """Run plans in one batch, each after one of `TEXTS`.
+
+        Args:
+            llm: a `vllm.LLM` whose engine core is in this process.
+            plans: of each request, by name.
+            max_tokens: of each answer.
+            adapters: vLLM's `LoRARequest` of those that have one.
+        """
         engine = llm.llm_engine
         for plan in plans.values():
             for digest, reader in readers_of(plan, ()).items():
@@ -138,7 +152,7 @@ class SteeredBatch:
                 name,
                 {"prompt_token_ids": ids},
                 _params(plan, max_tokens=max_tokens),
-                lora_request=lora,
+                lora_request=(adapters or {}).get(name),
             )
         try:
             while engine.has_unfinished_requests():
@@ -171,9 +185,20 @@ class SteeredBatch:
         counts = None if request is None else request.count(len(ids))
         return logits[len(answer.prompt) - 1 :], counts
 
-    def error(self, answer: Answered, plan: Plan | None) -> float:
-        """Return the largest difference to the reference among the likeliest logits."""
-        return distance(answer, self.reference(answer, plan)[0])
+    def check(self, answers: Mapping[str, Answered], plans: Mapping[str, Plan | None]) -> None:
+        """Compare answers with the reference: logits, steering that shows, receipts."""
+        for name, answer in answers.items():
+            plan = plans[name]
+            logits, counts = self.reference(answer, plan)
+            assert answer.inbox.failure is None, name
+            assert distance(answer, logits) <= BOUND, name
+            if plan is None or counts is None:
+                continue
+            assert answer.inbox.is_applied, name
+            assert distance(answer, self.reference(answer, None)[0]) >= SHOWS, name
+            if any(part.gate is not None for part in plan.parts):
+                n_run = len(answer.prompt) + len(answer.tokens) - 1
+                assert answer.inbox.counts_at(n_run) == counts, name
 
 
 def distance(answer: Answered, logits: torch.Tensor) -> float:
@@ -211,8 +236,3 @@ def _take(answer: Answered, output: Any) -> None:
     answer.most_at_once = max(answer.most_at_once, len(made.token_ids))
     answer.logits += [{token: p.logprob for token, p in one.items()} for one in made.logprobs]
     answer.reason = made.finish_reason or answer.reason
-
-
-def names_of(answers: Sequence[str]) -> str:
-    """Return names for a message."""
-    return ", ".join(answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from types import ModuleType
 from types import SimpleNamespace as Fake
@@ -10,12 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from toy_chat import byte_tokenizer
 from toy_plans import N_LAYERS, PLANS, WIDTH, arrived, drawn
 
+from trimtab.serving.detokenizer import TokenText
+from trimtab.serving.engines.base import Delta, EngineError, Request
+from trimtab.serving.engines.vllm.answer import Answer
+from trimtab.serving.engines.vllm.engine import VllmEngine
 from trimtab.serving.engines.vllm.plan_wire import KEY, packed_request
 from trimtab.serving.engines.vllm.reports import ATTRIBUTE, FIELD, INBOXES, Inbox, Pending, lift_off
 from trimtab.serving.engines.vllm.runner_hooks import hook_runner
 from trimtab.serving.engines.vllm.worker_steering import BatchRow, WorkerSteering
+from trimtab.serving.sampling import SamplingParams
 from trimtab.steering.steered_request import Counts
 
 # --- the scheduler's process
@@ -154,9 +161,94 @@ def test_an_inbox_gets_what_was_reported(monkeypatch: pytest.MonkeyPatch) -> Non
         assert one.kv_transfer_params is None
     assert (inbox.is_applied, inbox.failure) == (True, None)
     assert inbox.probes == [[[0.5]], [[0.6]]]
+    assert inbox.latched == {0: 1.0}
     assert inbox.counts_at(6) == counts[1]
     assert set(inbox.counts) == {6, 7}
     assert inbox.counts_at(8) is None
+
+
+def answered(kind: str, inbox: Inbox, text: str, *, stop: tuple[str, ...] = ()) -> Delta:
+    """Return the last delta of an answer to a prompt of 4 tokens that came in one piece."""
+    tokenizer = byte_tokenizer()
+    request = Request("x", (1, 2, 3, 4), SamplingParams(max_tokens=9, stop=stop), plan=PLANS[kind])
+    answer = Answer(request, inbox, tokenizer, marks=None, text=TokenText(tokenizer))
+    made = Fake(
+        token_ids=tokenizer(text)["input_ids"],
+        finish_reason="length",
+        stop_reason=None,
+        logprobs=(),
+    )
+    delta = answer.delta(Fake(outputs=[made], num_cached_tokens=0, prompt_logprobs=None))
+    assert delta is not None
+    return delta
+
+
+def gated_inbox(*ends: int) -> Inbox:
+    inbox = Inbox()
+    counts = [[n, Counts(n - 1, (n,), (n - 1,), {}).packed()] for n in ends]
+    inbox.take({"applied": True, "counts": counts})
+    return inbox
+
+
+def test_a_receipt_ends_where_the_answer_does() -> None:
+    """Tokens run past a stop string, or past the last one asked for, are counted as steered."""
+    whole = answered("token gate", gated_inbox(4, 5, 6, 7, 8, 9), "hello")
+    assert whole.steering is not None
+    assert whole.steering["steered_tokens"] == 7  # 4 of the prompt, 4 that were run, 1 shut
+    cut = answered("token gate", gated_inbox(4, 5, 6, 7, 8, 9), "hello", stop=("l",))
+    assert cut.text == "he"
+    assert cut.steering is not None
+    assert cut.steering["steered_tokens"] == 5
+    ungated = answered("added", gated_inbox(), "hello", stop=("l",))
+    assert ungated.steering == {"steered_tokens": 6, "gates": []}
+
+
+def test_a_gate_without_an_account_fails_the_answer() -> None:
+    """A receipt made up of a window, for a gate that nobody has read."""
+    for kind in ("token gate", "prompt gate"):
+        with pytest.raises(EngineError, match="no account"):
+            answered(kind, gated_inbox(), "hello")
+    with pytest.raises(EngineError, match="no account"):
+        answered("added", Inbox(), "hello")
+
+
+def test_a_prompts_gate_is_counted_to_the_end_of_the_answer() -> None:
+    """Once decided it needs no report a token, which could be missing."""
+    for decision, n_steered in ((1.0, 8), (0.0, 0)):
+        inbox = Inbox()
+        inbox.take(
+            {"applied": True, "counts": [[4, Counts(0, (4,), (0,), {0: decision}).packed()]]}
+        )
+        receipt = answered("prompt gate", inbox, "hello").steering
+        assert receipt is not None
+        assert receipt["steered_tokens"] == n_steered
+        assert receipt["gates"][0]["fired"] == bool(decision)
+
+
+def test_an_answer_ends_well_only_if_every_worker_says_so() -> None:
+    """A rank whose reports ride with no token gives up, and its request gets a receipt."""
+    said: list[str | None] = [None, None]
+    asked: list[Any] = []
+
+    async def rpc(method: str, *, args: Any) -> list[str | None]:
+        asked.append((method, args))
+        return said
+
+    async def forget() -> None:
+        asked.append("reset")
+
+    engine = VllmEngine("toy")
+    engine._llm = Fake(collective_rpc=rpc, reset_prefix_cache=forget)
+    request = Request("x", (1,), SamplingParams())
+    asyncio.run(engine._ask_all(request))
+    assert asked == []
+    engine._n_workers = 2
+    asyncio.run(engine._ask_all(request))
+    assert asked == [("trimtab_failure_of", ("x",))]
+    said[1] = "RuntimeError: out of memory"
+    with pytest.raises(EngineError, match="out of memory"):
+        asyncio.run(engine._ask_all(request))
+    assert asked[-1] == "reset"
 
 
 # --- the worker's process

@@ -308,6 +308,17 @@ def test_rejected_drafts_are_not_counted(kind: str) -> None:
         assert "counts" not in report
 
 
+def test_drafts_nobody_has_judged_yet_are_counted_at_every_end() -> None:
+    """A host that does not wait for the device cannot say which guess was the last right one."""
+    steering = worker()
+    admit(steering, "x", PLANS["token gate"], n_prompt=4)
+    one_pass(steering, [BatchRow("x", 4, 0)], drawn(4, WIDTH))
+    report = one_pass(steering, [BatchRow("x", 3, 4, 2)], drawn(3, WIDTH, seed=1))["x"]
+    assert [n for n, _ in report["counts"]] == [5, 6, 7]
+    report = one_pass(steering, [BatchRow("x", 3, 5, 2)], drawn(3, WIDTH), sampled={"x": 2})["x"]
+    assert [n for n, _ in report["counts"]] == [6, 7]
+
+
 @kinds
 def test_a_preempted_request_gives_its_slots_and_comes_back(kind: str) -> None:
     """Slots kept while waiting block the bank; a gate decided anew may decide otherwise."""

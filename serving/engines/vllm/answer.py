@@ -134,13 +134,23 @@ class Answer:
         if not self._inbox.is_applied:
             raise EngineError("The engine gave no account of the steering it was asked for.")
         n_tokens = self._n_run
-        if any(part.gate is not None for part in plan.parts):
-            counts = self._inbox.counts_at(n_tokens)
-            if counts is None:
-                raise EngineError("The engine gave no account of this request's gates.")
-            return counts.receipt(plan)
-        n_prompt, flags = len(self._request.prompt_ids), self._flags(n_tokens)
-        return counts_of(plan, n_prompt=n_prompt, n_tokens=n_tokens, thinking=flags).receipt(plan)
+        counts = self._inbox.counts_at(n_tokens)
+        gates = {i: part.gate for i, part in enumerate(plan.parts) if part.gate is not None}
+        if any(not gate.per_prompt for gate in gates.values()):
+            is_told = counts is not None
+        else:
+            # Once decided it holds for every token, so these are counted here.
+            is_told = set(gates) <= set(self._inbox.latched)
+            counts = counts_of(
+                plan,
+                n_prompt=len(self._request.prompt_ids),
+                n_tokens=n_tokens,
+                thinking=self._flags(n_tokens),
+                latched=self._inbox.latched,
+            )
+        if counts is None or not is_told:
+            raise EngineError("The engine gave no account of this request's gates.")
+        return counts.receipt(plan)
 
     @property
     def _n_run(self) -> int:

@@ -28,12 +28,14 @@ class Inbox:
     Attributes:
         is_applied: whether a worker has said that the steering ran.
         counts: of a gated plan, by how many of its sequence's tokens have been run.
+        latched: decision of each per-prompt gate, by part index.
         probes: what the probes read, one entry a token that has not been collected.
         failure: why a worker gave up on it.
     """
 
     is_applied: bool = False
     counts: dict[int, Counts] = field(default_factory=dict)
+    latched: dict[int, float] = field(default_factory=dict)
     probes: list[list[list[float]]] = field(default_factory=list)
     failure: str | None = None
 
@@ -41,7 +43,9 @@ class Inbox:
         """Add a report."""
         self.is_applied |= bool(report.get("applied"))
         self.failure = report.get("failed", self.failure)
-        self.counts.update((n, Counts.unpacked(c)) for n, c in report.get("counts", ()))
+        for n_tokens, packed in report.get("counts", ()):
+            counts = self.counts[n_tokens] = Counts.unpacked(packed)
+            self.latched.update(counts.latched)
         if "probes" in report:
             self.probes.append(report["probes"])
 

@@ -332,7 +332,8 @@ class WorkerSteering:
         """Close a forward pass and return what there is to tell of its requests, by id.
 
         Args:
-            sampled: how many tokens each request got, to tell accepted drafts from rejected ones.
+            sampled: how many tokens each request got, to tell accepted drafts from rejected ones;
+                None if the host does not know yet.
 
         A report holds some of: `applied` (once, its steering has run in every layer it names),
         `failed` (why it must end), `counts` (of a gated plan: after each sampled token, since the
@@ -343,7 +344,9 @@ class WorkerSteering:
             try:
                 self._finish(self.step)
                 for row, live in self._talking:
-                    reports[row.id] = self._report(row, live, (sampled or {}).get(row.id, 1))
+                    reports[row.id] = self._report(
+                        row, live, None if sampled is None else sampled.get(row.id, 1)
+                    )
             except Exception as error:
                 self._fail_step(error)
         for name, why in self._failed.items():
@@ -358,12 +361,13 @@ class WorkerSteering:
             raise RuntimeError(f"the pass missed the layers {sorted(missed)}")
         step.finish()
 
-    def _report(self, row: BatchRow, live: _Live, n_sampled: int) -> dict[str, Any]:
+    def _report(self, row: BatchRow, live: _Live, n_sampled: int | None) -> dict[str, Any]:
         report: dict[str, Any] = {} if live.is_told else {"applied": True}
         live.is_told = True
         if live.has_gate and live.request is not None:
             first = row.start + row.n_tokens - row.n_drafts
-            ends = range(first, first + (max(n_sampled, 1) if row.n_drafts else 1))
+            n_more = row.n_drafts if n_sampled is None else min(max(n_sampled - 1, 0), row.n_drafts)
+            ends = range(first, first + 1 + n_more)
             report["counts"] = [[n, self._counts(live, n).packed()] for n in ends]
         if live.watch is not None:
             report["probes"] = [list(values) for values in live.watch.latest]
