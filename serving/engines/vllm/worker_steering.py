@@ -71,7 +71,8 @@ class _Live:
 
     @property
     def has_to_tell(self) -> bool:
-        return not self.is_told or self.has_gate or self.watch is not None
+        is_read = self.watch is not None or self.carried.measures
+        return is_read or self.has_gate or not self.is_told
 
 
 class WorkerSteering:
