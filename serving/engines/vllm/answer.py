@@ -67,6 +67,7 @@ class Answer:
             return Delta(finish_reason=FinishReason.LENGTH, steering=self._receipt(), **more)
         ids = list(found.token_ids)
         text, reason, stop_reason, kept = self._read(ids, found)
+        self._inbox.counts_at(self._n_run)  # forgets those before
         ids = ids[:kept]
         if self._request.sampling.logprobs is not None and ids:
             more["logprobs"] = self._logprobs(ids, found.logprobs)
@@ -132,13 +133,29 @@ class Answer:
             return Counts(0, (), (), {}).receipt(plan)
         if not self._inbox.is_applied:
             raise EngineError("The engine gave no account of the steering it was asked for.")
-        if self._inbox.counts is not None:
-            return self._inbox.counts.receipt(plan)
-        n_prompt = len(self._request.prompt_ids)
-        # The last token was chosen but not run.
-        n_tokens = n_prompt + max(self._n_generated - 1, 0)
-        flags = self._flags(n_tokens)
-        return counts_of(plan, n_prompt=n_prompt, n_tokens=n_tokens, thinking=flags).receipt(plan)
+        n_tokens = self._n_run
+        counts = self._inbox.counts_at(n_tokens)
+        gates = {i: part.gate for i, part in enumerate(plan.parts) if part.gate is not None}
+        if any(not gate.per_prompt for gate in gates.values()):
+            is_told = counts is not None
+        else:
+            # Once decided it holds for every token, so these are counted here.
+            is_told = set(gates) <= set(self._inbox.latched)
+            counts = counts_of(
+                plan,
+                n_prompt=len(self._request.prompt_ids),
+                n_tokens=n_tokens,
+                thinking=self._flags(n_tokens),
+                latched=self._inbox.latched,
+            )
+        if counts is None or not is_told:
+            raise EngineError("The engine gave no account of this request's gates.")
+        return counts.receipt(plan)
+
+    @property
+    def _n_run(self) -> int:
+        """Tokens that were run; the last one was chosen but not run."""
+        return len(self._request.prompt_ids) + max(self._n_generated - 1, 0)
 
     def _flags(self, n_tokens: int) -> np.ndarray | None:
         return None if self._spans is None else self._spans.flags(0, n_tokens)

@@ -80,6 +80,7 @@ class VllmEngine:
         self._text: TokenText | None = None
         self._support: Support | None = None
         self._room: BankRoom | None = None
+        self._n_workers = 1
         self._max_running = 0
         self._live: dict[str, asyncio.Task[None]] = {}
         self._in_line: deque[tuple[Plan, asyncio.Future[None]]] = deque()
@@ -120,7 +121,7 @@ class VllmEngine:
         llm_config = self._llm.vllm_config
         facts = await self._llm.collective_rpc("trimtab_facts")
         _check_layers(facts)
-        one = facts[0]
+        one, self._n_workers = facts[0], len(facts)
         self._room = BankRoom(
             Needs(one["max_slots"], one["max_rows"], one["max_low_rank"], one["max_guides"])
         )
@@ -263,6 +264,8 @@ class VllmEngine:
             async for output in outputs:
                 delta = answer.delta(output)
                 if delta is not None:
+                    if delta.finish_reason is not None and extra is not None:
+                        await self._ask_all(request)
                     stream.put(delta)
                     if delta.finish_reason is not None:
                         return
@@ -272,6 +275,22 @@ class VllmEngine:
                 await outputs.aclose()
             INBOXES.pop(request.id, None)
         raise EngineError("vLLM ended a sequence without saying why.")
+
+    async def _ask_all(self, request: Request) -> None:
+        """Let an answer end well only if every worker steered it.
+
+        Reports ride on the output of one worker; of several, the others are asked.
+
+        Raises:
+            EngineError: a worker gave up on the request.
+        """
+        if self._n_workers == 1:
+            return
+        for why in await self._llm.collective_rpc("trimtab_failure_of", args=(request.id,)):
+            if why is not None:
+                # Its blocks are in the prefix cache as steered ones, and need not be.
+                await self._llm.reset_prefix_cache()
+                raise EngineError(f"The engine failed on this request: {why}")
 
     # --- places in the workers' banks
 

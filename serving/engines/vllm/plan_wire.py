@@ -155,7 +155,6 @@ def _read_tensor(value: Any) -> torch.Tensor:
 def _part(part: Part) -> dict[str, Any]:
     window, gate = part.window, part.gate
     return {
-        "digest": part.digest,
         "window": [window.prompt, window.generation, window.thinking, window.first, window.after],
         "gate": None if gate is None else _gate(gate),
         "layers": {str(layer): _term(term) for layer, term in part.layers.items()},
@@ -163,12 +162,12 @@ def _part(part: Part) -> dict[str, Any]:
 
 
 def _read_part(packed: Mapping[str, Any], network_of: NetworkOf) -> Part:
+    # Its digest is computed anew: in the bank, parts with the same one share a slot.
     gate = packed["gate"]
-    return Part(
-        window=Window(*packed["window"]),
-        gate=None if gate is None else _read_gate(gate, network_of),
-        layers={int(n): _read_term(term, network_of) for n, term in packed["layers"].items()},
-        digest=packed["digest"],
+    return Part.of(
+        Window(*packed["window"]),
+        None if gate is None else _read_gate(gate, network_of),
+        {int(n): _read_term(term, network_of) for n, term in packed["layers"].items()},
     )
 
 

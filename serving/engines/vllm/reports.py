@@ -27,13 +27,15 @@ class Inbox:
 
     Attributes:
         is_applied: whether a worker has said that the steering ran.
-        counts: of a gated plan, up to the last token; None for any other.
+        counts: of a gated plan, by how many of its sequence's tokens have been run.
+        latched: decision of each per-prompt gate, by part index.
         probes: what the probes read, one entry a token that has not been collected.
         failure: why a worker gave up on it.
     """
 
     is_applied: bool = False
-    counts: Counts | None = None
+    counts: dict[int, Counts] = field(default_factory=dict)
+    latched: dict[int, float] = field(default_factory=dict)
     probes: list[list[list[float]]] = field(default_factory=list)
     failure: str | None = None
 
@@ -41,10 +43,17 @@ class Inbox:
         """Add a report."""
         self.is_applied |= bool(report.get("applied"))
         self.failure = report.get("failed", self.failure)
-        if "counts" in report:
-            self.counts = Counts.unpacked(report["counts"])
+        for n_tokens, packed in report.get("counts", ()):
+            counts = self.counts[n_tokens] = Counts.unpacked(packed)
+            self.latched.update(counts.latched)
         if "probes" in report:
             self.probes.append(report["probes"])
+
+    def counts_at(self, n_tokens: int) -> Counts | None:
+        """Return the counts after `n_tokens` tokens and forget earlier ones."""
+        for n in [n for n in self.counts if n < n_tokens]:
+            del self.counts[n]
+        return self.counts.get(n_tokens)
 
 
 INBOXES: dict[str, Inbox] = {}
@@ -90,8 +99,20 @@ def _end_failed(scheduler: Any, failed: dict[str, str]) -> list[Any]:
         return []
     from vllm.v1.request import RequestStatus
 
+    for name in failed:
+        _forget_blocks(scheduler, name)
     ended: list[Any] = scheduler.finish_requests(set(failed), RequestStatus.FINISHED_ERROR)
     return ended
+
+
+def _forget_blocks(scheduler: Any, name: str) -> None:
+    """Take a failed request's blocks out of the prefix cache.
+
+    They are known there as steered and may not be: whoever asks for the same again would read them.
+    """
+    if name in scheduler.requests:
+        cache = scheduler.kv_cache_manager
+        cache.evict_blocks({block for group in cache.get_block_ids(name) for block in group})
 
 
 def _say_ended(outputs: Any, ended: list[Any], failed: dict[str, str]) -> None:

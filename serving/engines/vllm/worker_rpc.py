@@ -60,6 +60,12 @@ def _take_norms(worker: Any) -> list[list[Any]]:
     return [[name, n, values] for name, by_layer in norms.items() for n, values in by_layer.items()]
 
 
+def _failure_of(worker: Any, name: str) -> str | None:
+    """Say why this worker gave up on a request. Only one rank's reports ride with its tokens."""
+    found: str | None = worker._trimtab.failure_of(name)
+    return found
+
+
 def _stats(worker: Any) -> dict[str, int]:
     return dict(worker._trimtab.stats())
 
@@ -68,5 +74,6 @@ WORKER_METHODS = {
     "trimtab_facts": _facts,
     "trimtab_learn": _learn,
     "trimtab_take_norms": _take_norms,
+    "trimtab_failure_of": _failure_of,
     "trimtab_stats": _stats,
 }
