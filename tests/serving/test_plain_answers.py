@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from http import HTTPStatus
 from pathlib import Path
@@ -18,6 +19,7 @@ from trimtab.serving.engines.vllm.plain_steering import environment_settings, pu
 from trimtab.serving.engines.vllm.plan_wire import ASKED, KEY, PRESET, packed_request
 from trimtab.serving.engines.vllm.reports import FIELD, lift_off
 from trimtab.serving.engines.vllm.support import Support
+from trimtab.serving.engines.vllm.unheard import Listener
 from trimtab.steering.compile import Limits, compile_plan
 from trimtab.steering.errors import ModelLoadError, SpecError
 from trimtab.steering.plan import Plan
@@ -334,6 +336,59 @@ def test_the_offline_class_refuses() -> None:
     assert Engine().add_request("r", "Hi", SimpleNamespace(extra_args=None)) == "added"
     with pytest.raises(SpecError, match="LLM class"):
         Engine().add_request("r", "Hi", SimpleNamespace(extra_args={ASKED: "kind"}))
+
+
+# --- what would be lost on the way
+
+
+def heard(path: str, body: Any, *, kind: str = "application/json") -> tuple[int, bytes]:
+    """Send a body through the listener; return the status and what the app inside read of it."""
+    inside = b""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal inside
+        inside, more = b"", True
+        while more:
+            message = await receive()
+            inside, more = inside + message["body"], message.get("more_body", False)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    data = json.dumps(body).encode()
+    parts = [data[:5], data[5:]]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", kind.encode())]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+    asyncio.run(Listener(app)(scope, receive, send))
+    return sent[0]["status"], inside
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/chat/completions", {"messages": "steering is fun"}, 200),
+        ("/v1/chat/completions", {"vllm_xargs": {"steering": "kind"}}, 200),
+        ("/v1/chat/completions", {"steering": None}, 200),
+        ("/v1/chat/completions", {"steering": {"vectors": []}}, 400),
+        ("/v1/chat/completions", {"probes": ["tone"]}, 400),
+        ("/v1/chat/completions", {"vllm_xargs": {"trimtab": "x"}}, 400),
+        ("/cohere/v2/chat", {"vllm_xargs": {"steering": "kind"}}, 400),
+        ("/cohere/v2/chat", {"vllm_xargs": {"steering_preset": "mild"}}, 400),
+        ("/v1/steering/check", {"steering": "kind"}, 200),
+        ("/v1/completions", ["steering"], 200),
+    ],
+)
+def test_a_wish_that_would_be_lost_is_refused(path: str, body: Any, status: int) -> None:
+    """Catches a field that vLLM ignores, and a middleware that eats the bodies of others."""
+    given, inside = heard(path, body)
+    assert given == status
+    assert inside == (json.dumps(body).encode() if status == 200 else b"")
 
 
 # --- the environment

@@ -299,6 +299,29 @@ def test_what_vllm_would_ignore_is_refused(
         plain.chat(**more)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 4, "steering": "warm"}),
+        ("/cohere/v2/chat", {"messages": MESSAGES, "vllm_xargs": {"steering": "warm"}}),
+    ],
+)
+def test_routes_that_would_not_hear_refuse(plain: Plain, path: str, body: dict[str, Any]) -> None:
+    """Catches the same on routes with bodies of another kind."""
+    headers = {"authorization": f"Bearer {USER}"}
+    answer = plain.http.post(path, json={"model": "smollm2", **body}, headers=headers)
+    assert answer.status_code == 400
+    assert "steering" in answer.json()["error"]["param"]
+
+
+def test_other_apis_of_vllm_steer_too(plain: Plain, warm: VectorArtifact) -> None:
+    """Catches a guard that stands on the way of OpenAI's routes only."""
+    headers = {"authorization": f"Bearer {USER}"}
+    body = asked() | {"vllm_xargs": {"steering": "warm"}}
+    answer = plain.http.post("/v1/messages", json=body, headers=headers).json()
+    assert answer["content"][0]["text"] == content(plain.chat(by("warm")))
+
+
 def test_vectors_change_over_http_at_once(plain: Plain, warm: VectorArtifact, ref: Any) -> None:
     """Catches a second store, or a compiled plan that outlives its vector."""
     assert plain.put("passing", to_bytes(vector("passing", ref, seed=2))).status_code == 201

@@ -180,6 +180,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(COMPLETION, "CompletionResponse", named=("kv_transfer_params",)),
     Hook("entrypoints/openai/responses/protocol.py", "ResponsesRequest", named=("vllm_xargs",)),
     Hook("entrypoints/openai/responses/protocol.py", "ResponsesRequest.to_sampling_params"),
+    Hook("entrypoints/anthropic/protocol.py", "AnthropicMessagesRequest"),
     Hook(ENDPOINT_PLUGIN, "EndpointPlugin", named=("name", "required_tasks")),
     Hook(ENDPOINT_PLUGIN, "EndpointPlugin.attach_router", ("app",)),
     Hook(ENDPOINT_PLUGIN, "EndpointPlugin.init_state", ("engine_client", "state", "args")),

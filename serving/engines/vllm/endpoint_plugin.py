@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trimtab.serving.engines.vllm.plain_steering import steering_of
 from trimtab.serving.engines.vllm.plugin import is_switched_on
+from trimtab.serving.engines.vllm.unheard import Listener
 from trimtab.serving.errors import install_error_handlers
 from trimtab.serving.keys import KeyGuard, is_known
 from trimtab.serving.request_context import RequestContext
@@ -40,6 +41,7 @@ class SteeringRoutes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add our routes to vLLM's app. Called before its middleware is put around it."""
+        app.add_middleware(Listener)
         if is_switched_on():
             app.router.routes.append(Route(PATH, endpoint=self, include_in_schema=False))
 

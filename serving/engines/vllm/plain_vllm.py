@@ -1,18 +1,17 @@
 """Steering for vLLM's own server: `vllm_xargs.steering` is compiled before the engine sees it.
 
-Every route that generates ends in `AsyncLLM.add_request`, so the guard stands there. What a client
-can say without ever getting there (a field that vLLM ignores, a way of decoding that drops
-`vllm_xargs`) is refused where a route reads its body.
+Every route that generates ends in `AsyncLLM.add_request`, so the guard stands there. What would be
+lost on the way to it is refused in `unheard.py`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
 from trimtab.serving.engines.vllm.plan_wire import ASKED, KEY, PRESET, PackedRequest
+from trimtab.serving.engines.vllm.unheard import asks, guard_bodies, refusal
 from trimtab.steering.errors import SpecError, TrimtabError
 
 
@@ -63,12 +62,12 @@ def _guard_server(owner: Any, *, is_on: bool) -> None:
                 )
             return await _added(original, llm, request_id, prompt, params, *args, **kwargs)
         except TrimtabError as error:
-            raise refusal(error) from error
+            raise refusal(error) from None
 
     @functools.wraps(make)
     def init(llm: Any, *args: Any, **kwargs: Any) -> None:
         make(llm, *args, **kwargs)
-        _guard_bodies()
+        guard_bodies()
 
     owner.add_request = add_request
     owner.__init__ = init
@@ -92,34 +91,6 @@ async def _added(
         return await original(llm, request_id, prompt, params, *args, **kwargs)
 
 
-def asks(extra_args: Mapping[str, Any]) -> bool:
-    """Return whether a request asks for steering.
-
-    Raises:
-        SpecError: it holds one of our inner keys.
-    """
-    for name in extra_args:
-        if name.startswith(KEY):
-            raise SpecError(
-                f"vllm_xargs.{name[:80]} is not for clients; say what you want in "
-                f"vllm_xargs.{ASKED}.",
-                param=f"vllm_xargs.{name[:80]}",
-            )
-    return ASKED in extra_args or PRESET in extra_args
-
-
-def refusal(error: TrimtabError) -> Exception:
-    """Return what vLLM answers with 400 and the JSON path, or with 500 for a fault of ours."""
-    if error.status >= 500:
-        from trimtab.serving.engines.vllm.plain_answers import server_error
-
-        return server_error(error.message)
-    from vllm.exceptions import VLLMValidationError
-
-    refused: Exception = VLLMValidationError(error.message, parameter=error.param)
-    return refused
-
-
 def _guard_offline(owner: Any) -> None:
     original = owner.add_request
 
@@ -137,56 +108,3 @@ def _guard_offline(owner: Any) -> None:
         return original(engine, request_id, prompt, params, *args, **kwargs)
 
     owner.add_request = add_request
-
-
-# --- what would never reach the engine
-
-
-@functools.cache
-def _guard_bodies() -> None:
-    """Refuse bodies whose wish for steering vLLM would drop without a word."""
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-
-    for body in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
-        _guard_method(body, "to_sampling_params", _refuse_own_field)
-    for body in (ChatCompletionRequest, CompletionRequest):
-        _guard_method(body, "to_beam_search_params", _refuse_beams)
-
-
-def _guard_method(owner: Any, name: str, check: Any) -> None:
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def checked(body: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            check(body)
-        except TrimtabError as error:
-            raise refusal(error) from error
-        return original(body, *args, **kwargs)
-
-    setattr(owner, name, checked)
-
-
-def _refuse_own_field(body: Any) -> None:
-    for name in ("steering", "probes"):
-        if (body.model_extra or {}).get(name) is not None:
-            raise SpecError(
-                f"vLLM's own server does not know {name}; "
-                + (
-                    "send vllm_xargs.steering, a string that holds the same."
-                    if name == "steering"
-                    else "`trimtab serve --engine vllm` does."
-                ),
-                param=name,
-            )
-
-
-def _refuse_beams(body: Any) -> None:
-    _refuse_own_field(body)
-    if body.vllm_xargs and asks(body.vllm_xargs):
-        raise SpecError(
-            "Beam search cannot be steered: vLLM does not hand vllm_xargs on to its beams.",
-            param="use_beam_search",
-        )

@@ -14,7 +14,7 @@ names what is relied on, and a version in which something is missing is refused 
     OutputProcessor.add_request       steered answers of vLLM's server are followed
     AsyncLLM.add_request              `vllm_xargs.steering` is compiled (`plain_vllm.py`)
     LLMEngine.add_request             and refused where nothing could compile it
-    ChatCompletionRequest and others  as is what vLLM would ignore
+    ChatCompletionRequest and others  as is what vLLM would ignore (`unheard.py`)
 
 TRIMTAB_VLLM=off leaves vLLM as it is, but for refusing requests that ask for steering.
 """

@@ -54,7 +54,7 @@ def _learn(worker: Any, digest: str, network: dict[str, Any]) -> None:
     worker._trimtab.learn(digest, network)
 
 
-def _take_norms(worker: Any, name: str) -> list[list[Any]]:
+def _take_norms(worker: Any, name: str = "") -> list[list[Any]]:
     """Return [request id, layer, |h| of each token] of a measuring request, once it has ended.
 
     Args:

@@ -339,7 +339,7 @@ class WorkerSteering:
         self._networks.move_to_end(digest)
         return self._networks[digest]
 
-    def take_norms(self, name: str) -> dict[str, dict[int, list[float]]]:
+    def take_norms(self, name: str = "") -> dict[str, dict[int, list[float]]]:
         """Return and forget what measuring requests saw: id -> layer -> |h| of each token.
 
         Args:
