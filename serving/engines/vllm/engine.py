@@ -220,8 +220,11 @@ class VllmEngine:
         inbox = INBOXES[request.id] = Inbox()
         served = self._served
         answer = Answer(request, inbox, served.info.tokenizer, marks=served.marks, text=self._text)
+        prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_ids)}
+        if request.cache_salt is not None:
+            prompt["cache_salt"] = request.cache_salt
         outputs = self._llm.generate(
-            {"prompt_token_ids": list(request.prompt_ids)},
+            prompt,
             vllm_params(request, extra_args=extra),
             request.id,
         )
