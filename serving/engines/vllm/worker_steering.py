@@ -69,7 +69,8 @@ class _Live:
 
     @property
     def has_to_tell(self) -> bool:
-        return not self.is_told or self.has_gate or self.watch is not None
+        is_read = self.watch is not None or self.carried.measures
+        return not self.is_told or self.has_gate or is_read
 
 
 class WorkerSteering:
