@@ -20,17 +20,10 @@ def guard_requests(*, is_on: bool) -> None:
 
     Args:
         is_on: compile what they ask for; else refuse those that ask.
-
-    Raises:
-        ModelLoadError: a variable of the environment is not what it must be.
     """
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    if is_on:
-        from trimtab.serving.engines.vllm.plain_steering import environment_settings
-
-        environment_settings()
     _guard_server(AsyncLLM, is_on=is_on)
     _guard_offline(LLMEngine)
 
@@ -58,7 +51,9 @@ def _guard_server(owner: Any, *, is_on: bool) -> None:
                 )
             if hasattr(prompt, "__anext__") or hasattr(prompt, "sampling_params"):
                 raise SpecError(
-                    "A prompt that comes in pieces cannot be steered.", param=f"vllm_xargs.{ASKED}"
+                    "A prompt that comes in pieces, or made into the engine's own request, cannot "
+                    "be steered.",
+                    param=f"vllm_xargs.{ASKED}",
                 )
             return await _added(original, llm, request_id, prompt, params, *args, **kwargs)
         except TrimtabError as error:
@@ -66,6 +61,10 @@ def _guard_server(owner: Any, *, is_on: bool) -> None:
 
     @functools.wraps(make)
     def init(llm: Any, *args: Any, **kwargs: Any) -> None:
+        if is_on:
+            from trimtab.serving.engines.vllm.plain_steering import environment_settings
+
+            environment_settings()  # a wrong variable is known now, not at the first request
         make(llm, *args, **kwargs)
         guard_bodies()
 
