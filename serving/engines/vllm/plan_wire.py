@@ -24,6 +24,9 @@ KEY = "trimtab"
 ASKED = "steering"
 """Where a client of plain vLLM puts it, as `vllm_xargs`; it must be compiled before the engine."""
 
+PRESET = "steering_preset"
+"""Where such a client names a preset, whose terms come before those of `ASKED`."""
+
 _NETWORK = ("w_in", "b_in", "gram", "w_mid", "b_mid", "w_out", "b_out")
 
 NetworkOf = Callable[[str], Classifier]
@@ -47,13 +50,17 @@ class Carried:
     measures: bool = False
 
 
+class PackedRequest(dict[str, Any]):
+    """What `packed_request` made in this process; what a client sends is a plain dict."""
+
+
 def packed_request(
     plan: Plan | None,
     probes: tuple[Reader, ...] = (),
     *,
     marks: tuple[int, int] | None = None,
     measures: bool = False,
-) -> dict[str, Any]:
+) -> PackedRequest:
     """Return what a request's `extra_args[KEY]` must be.
 
     Args:
@@ -62,7 +69,7 @@ def packed_request(
         marks: token ids that open and close a thinking span, if the plan tells them apart.
         measures: report the |h| of each layer instead of steering.
     """
-    carried: dict[str, Any] = {"probes": [_reader(probe) for probe in probes]}
+    carried = PackedRequest(probes=[_reader(probe) for probe in probes])
     if marks is not None:
         carried["marks"] = list(marks)
     if measures:

@@ -59,6 +59,9 @@ class Inbox:
 INBOXES: dict[str, Inbox] = {}
 """Inboxes of this process's running requests, by the id their sender gave them."""
 
+INBOX = "trimtab_inbox"
+"""Attribute of vLLM's own record of a request that has its inbox there (`plain_answers.py`)."""
+
 
 class Pending:
     """Reports in the scheduler's process that wait for their request's next output."""
@@ -154,6 +157,8 @@ def lift_off(processor: Any, outputs: list[Any]) -> None:
             continue
         one.kv_transfer_params = one.kv_transfer_params or None
         state = processor.request_states.get(one.request_id)
-        inbox = INBOXES.get(state.external_req_id) if state is not None else None
+        if state is None:
+            continue
+        inbox = getattr(state, INBOX, None) or INBOXES.get(state.external_req_id)
         if inbox is not None:
             inbox.take(report)

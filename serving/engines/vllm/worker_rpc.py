@@ -54,9 +54,13 @@ def _learn(worker: Any, digest: str, network: dict[str, Any]) -> None:
     worker._trimtab.learn(digest, network)
 
 
-def _take_norms(worker: Any) -> list[list[Any]]:
-    """Return [request id, layer, |h| of each token] of every measuring request that has ended."""
-    norms = worker._trimtab.take_norms()
+def _take_norms(worker: Any, name: str = "") -> list[list[Any]]:
+    """Return [request id, layer, |h| of each token] of a measuring request, once it has ended.
+
+    Args:
+        name: what its sender called it; vLLM's id begins with it.
+    """
+    norms = worker._trimtab.take_norms(name)
     return [[name, n, values] for name, by_layer in norms.items() for n, values in by_layer.items()]
 
 

@@ -392,10 +392,14 @@ class WorkerSteering:
         self._networks.move_to_end(digest)
         return self._networks[digest]
 
-    def take_norms(self) -> dict[str, dict[int, list[float]]]:
-        """Return and forget what measuring requests saw: id -> layer -> |h| of each token."""
-        measured, self._measured = self._measured, {}
-        return measured
+    def take_norms(self, name: str = "") -> dict[str, dict[int, list[float]]]:
+        """Return and forget what measuring requests saw: id -> layer -> |h| of each token.
+
+        Args:
+            name: what their ids begin with.
+        """
+        mine = [request_id for request_id in self._measured if request_id.startswith(name)]
+        return {request_id: self._measured.pop(request_id) for request_id in mine}
 
     def failure_of(self, name: str) -> str | None:
         """Return why this worker gave up on a request, ended or not; None if it did not.
