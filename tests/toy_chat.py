@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from toys import llama
@@ -47,3 +49,18 @@ def toy_chat(model: PreTrainedModel | None = None) -> LoadedModel:
         dtype=torch.float32,
         reasons={},
     )
+
+
+def saved_toy(folder: Path) -> Path:
+    """Save a toy model that vLLM can run, whose attention wants heads of at least 32."""
+    tokenizer = byte_tokenizer()
+    model = llama(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    loaded = toy_chat(model)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder

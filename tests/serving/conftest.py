@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from running_server import NAME, Served, running
 from serving_fakes import FakeEngine, model_ref, toy_vector
-from toy_chat import toy_chat
+from toy_chat import saved_toy, toy_chat
 from toy_classifier import toy_classifier
 
 from trimtab.serving.engines.transformers.engine import TransformersEngine
@@ -85,7 +85,37 @@ def transformers_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield one
 
 
-@pytest.fixture(scope="module", params=["fake", "transformers"])
+@pytest.fixture(scope="session")
+def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server over the vLLM engine with a toy model, for the whole session: it starts slowly."""
+    from trimtab.serving.engines.vllm.engine import VllmConfig, VllmEngine
+
+    folder = saved_toy(tmp_path_factory.mktemp("vllm") / "toy")
+    options = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 32, "block_size": 32}
+    engine = VllmEngine(str(folder), config=VllmConfig(options=options))
+    store = Store(tmp_path_factory.mktemp("store"))
+    with running(engine, store, settings=ServerSettings(served_model_name=NAME)) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def vllm_served(vllm_server: Served) -> Served:
+    """The vLLM server with the store as a new one would have it."""
+    store, info = vllm_server.store, vllm_server.engine.info
+    for vector in store.vectors():
+        store.delete_vector(vector.id)
+    for classifier in store.classifiers():
+        store.delete_classifier(classifier.id)
+    for name in store.presets():
+        store.delete_preset(name)
+    filled(store, info.model, size=0.5 * float(info.hidden_norms.min()))
+    return vllm_server
+
+
+ENGINES = ["fake", "transformers", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
 def served(request: pytest.FixtureRequest) -> Served:
     """The server of each engine in turn."""
     one: Served = request.getfixturevalue(f"{request.param}_served")

@@ -61,7 +61,8 @@ def test_batch_mates_do_not_touch_each_other(served):
         texts = [repr(choices[0]["logprobs"]["token_logprobs"]) for choices in alone]
         assert len(set(texts)) == len(ASKS)  # every ask does something of its own
         served.until(lambda: served.engine.stats().slots_used == 0)
-        assert len(served.engine.bank.readers) == 0
+        if hasattr(served.engine, "bank"):  # vLLM's are in its workers: test_vllm_logits.py
+            assert len(served.engine.bank.readers) == 0
 
 
 def test_scale_0_is_the_unsteered_answer(served):

@@ -66,14 +66,24 @@ def wrong_shape(hook: Hook, node: ast.AST) -> str | None:
 
 
 def class_members(node: ast.ClassDef) -> set[str]:
-    """Return the names a class body assigns or annotates: fields, and members of an enum."""
+    """Return what a class body defines, and what its `__init__` sets on `self`."""
+    inits = [line for line in node.body if is_called(line, "__init__")]
+    on_self = {
+        inner.attr
+        for init in inits
+        for inner in ast.walk(init)
+        if isinstance(inner, ast.Attribute)
+        and isinstance(inner.ctx, ast.Store)
+        and ast.unparse(inner.value) == "self"
+    }
     targets = [
         target
         for line in node.body
         if isinstance(line, ast.Assign | ast.AnnAssign)
         for target in (line.targets if isinstance(line, ast.Assign) else [line.target])
     ]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
+    fields = {target.id for target in targets if isinstance(target, ast.Name)}
+    return on_self | fields | {line.name for line in node.body if isinstance(line, Function)}
 
 
 def lost_call(hook: Hook, way: list[ast.AST]) -> str | None:
@@ -110,6 +120,9 @@ def test_vllm_has_the_hook(version: str, hook: Hook) -> None:
 
 SOURCE = """
 class Runner:
+    def __init__(self):
+        self.batch = []
+
     def step(self, batch, *, is_dry: bool = False): ...
 
 class Output:
@@ -138,6 +151,7 @@ def make_private_hasher(size):
     "hook",
     [
         Hook("made_up.py", "Runner.step", ("batch",), named=("is_dry",)),
+        Hook("made_up.py", "Runner", named=("step", "batch")),
         Hook("made_up.py", "Output", named=("tokens", "reason")),
         Hook("made_up.py", "Status", named=("FAILED",)),
         Hook("made_up.py", "make_hasher.hasher", ("request",), calls=("extra_keys",)),
@@ -159,6 +173,7 @@ def test_a_hook_that_is_there_has_no_fault(hook: Hook, tmp_path: Path) -> None:
         (Hook("made_up.py", "Runner.step", ("plan",)), "begins with ['batch'], not ['plan']"),
         (Hook("made_up.py", "Runner.step", ("batch", "is_dry")), "begins with ['batch']"),
         (Hook("made_up.py", "Runner.step", named=("is_wet",)), "has no is_wet"),
+        (Hook("made_up.py", "Runner", named=("batch", "is_dry")), "has no is_dry"),
         (Hook("made_up.py", "Output", named=("tokens", "text")), "has no text"),
         (Hook("made_up.py", "Status", named=("LOST",)), "has no LOST"),
         (

@@ -209,6 +209,8 @@ class Batcher:
             sequence.emit(Delta(text=text, **more))
             return
         text += sequence.detokenizer.finish()
+        if sequence.detokenizer.stopped_by is not None:  # perhaps only in what was held back
+            reason, stop_reason = FinishReason.STOP, sequence.detokenizer.stopped_by
         self._leave(sequence, reason=reason, text=text, stop_reason=stop_reason, **more)
 
     def _ending(

@@ -92,7 +92,9 @@ class Answer:
     ) -> tuple[str, FinishReason | None, str | int | None, int]:
         """Return new text, why and by what it ended, and how many of the tokens count."""
         reason = None if found.finish_reason is None else _REASONS[found.finish_reason]
-        stop_reason = found.stop_reason if self._is_own_stop(found.stop_reason) else None
+        stop_reason: str | int | None = None
+        if self._is_own_stop(found.stop_reason):
+            stop_reason = found.stop_reason
         text = ""
         for i, token in enumerate(ids):
             self._n_generated += 1
@@ -106,6 +108,8 @@ class Answer:
                 return text, FinishReason.STOP, self._detokenizer.stopped_by, i + 1
         if reason is not None:
             text += self._detokenizer.finish()
+            if self._detokenizer.stopped_by is not None:  # only in what was held back
+                reason, stop_reason = FinishReason.STOP, self._detokenizer.stopped_by
         return text, reason, stop_reason, len(ids)
 
     def _is_own_stop(self, token: Any) -> bool:

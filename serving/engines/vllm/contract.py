@@ -1,7 +1,7 @@
 """What this engine patches, calls and reads inside vLLM: one table, true of 0.26 and of 0.32.
 
-`hooks.py` arms what stands here; `tests/serving/test_vllm_contract.py` compares it with the sources
-of both ends of the supported range. Nothing in this file imports vLLM.
+`tests/serving/test_vllm_contract.py` looks each of them up in the sources of both ends of the
+supported range. Nothing in this file imports vLLM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Hook:
         parameters: what comes first when it is called by position, in this order. `self` is not
             counted.
         named: what must be there under its name, wherever it stands: parameters of a function,
-            fields of a class, members of an enum.
+            fields and methods of a class, what its `__init__` sets on `self`, members of an enum.
         calls: functions it must find by their global names each time, so that replacing those in
             the module is enough.
     """
@@ -39,6 +39,10 @@ SCHEDULER = "v1/core/sched/scheduler.py"
 SCHEDULED = "v1/core/sched/output.py"
 REQUEST = "v1/request.py"
 BLOCK_HASHES = "v1/core/kv_cache_utils.py"
+PASS_OUTPUT = "v1/outputs.py"
+ENGINE_OUTPUT = "v1/engine/__init__.py"
+OUTPUT_PROCESSOR = "v1/engine/output_processor.py"
+COMPILATION = "config/compilation.py"
 ASYNC_LLM = "v1/engine/async_llm.py"
 
 HOOKS: tuple[Hook, ...] = (
@@ -49,6 +53,12 @@ HOOKS: tuple[Hook, ...] = (
     Hook(V1_RUNNER, "GPUModelRunner._dummy_run", ("num_tokens",)),
     Hook(V1_RUNNER, "GPUModelRunner.execute_model", ("scheduler_output", "intermediate_tensors")),
     Hook(V1_RUNNER, "GPUModelRunner.sample_tokens", ("grammar_output",)),
+    Hook(V1_RUNNER, "GPUModelRunner", named=("use_async_scheduling", "input_batch")),
+    Hook(
+        "v1/worker/gpu_input_batch.py",
+        "InputBatch",
+        named=("req_ids", "num_reqs", "num_computed_tokens_cpu", "token_ids_cpu"),
+    ),
     # The second runner. After the scheduler's output 0.26 takes one argument more, 0.32 three.
     Hook(V2_RUNNER, "GPUModelRunner.prepare_inputs", ("scheduler_output",)),
     Hook(
@@ -62,6 +72,9 @@ HOOKS: tuple[Hook, ...] = (
         "InputBatch",
         named=("req_ids", "query_start_loc_np", "num_computed_tokens_np"),
     ),
+    # What either runner returns.
+    Hook(PASS_OUTPUT, "ModelRunnerOutput", named=("req_ids", "sampled_token_ids")),
+    Hook(PASS_OUTPUT, "AsyncModelRunnerOutput.get_output"),
     # The scheduler: what it tells the workers, and how it is told that a request failed.
     Hook(
         SCHEDULED,
@@ -71,14 +84,17 @@ HOOKS: tuple[Hook, ...] = (
             "finished_req_ids",
             "preempted_req_ids",
             "num_scheduled_tokens",
+            "scheduled_spec_decode_tokens",
         ),
     ),
     Hook(SCHEDULED, "NewRequestData", named=("req_id", "prompt_token_ids", "sampling_params")),
     Hook(SCHEDULER, "Scheduler.update_from_output", ("scheduler_output", "model_runner_output")),
     Hook(SCHEDULER, "Scheduler.finish_requests", ("request_ids", "finished_status")),
+    Hook(SCHEDULER, "Scheduler", named=("requests",)),
     Hook(REQUEST, "RequestStatus", named=("FINISHED_ERROR",)),
+    Hook(REQUEST, "Request", named=("request_id", "client_index", "get_finished_reason")),
     # The prefix cache: a steered request shares no block with others.
-    Hook(REQUEST, "Request.__init__", named=("sampling_params", "cache_salt")),
+    Hook(REQUEST, "Request.__init__", named=("request_id", "sampling_params", "cache_salt")),
     Hook(
         BLOCK_HASHES,
         "generate_block_hash_extra_keys",
@@ -90,13 +106,19 @@ HOOKS: tuple[Hook, ...] = (
         ("request",),
         calls=("generate_block_hash_extra_keys",),
     ),
+    Hook(
+        "v1/core/block_pool.py",
+        "BlockPool.cache_full_blocks",
+        calls=("generate_block_hash_extra_keys",),
+    ),
     # The engine as its clients see it.
     Hook(ASYNC_LLM, "AsyncLLM.add_request", ("request_id", "prompt", "params")),
     Hook(ASYNC_LLM, "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
     Hook(ASYNC_LLM, "AsyncLLM.abort", ("request_id",)),
     Hook(ASYNC_LLM, "AsyncLLM.collective_rpc", ("method", "timeout", "args", "kwargs")),
+    Hook(ASYNC_LLM, "AsyncLLM", named=("vllm_config", "errored", "get_tokenizer", "shutdown")),
     Hook(
-        "v1/engine/__init__.py",
+        ENGINE_OUTPUT,
         "EngineCoreOutput",
         named=(
             "request_id",
@@ -106,9 +128,10 @@ HOOKS: tuple[Hook, ...] = (
             "kv_transfer_params",
         ),
     ),
-    Hook(
-        "v1/engine/output_processor.py", "OutputProcessor.process_outputs", ("engine_core_outputs",)
-    ),
+    Hook(ENGINE_OUTPUT, "EngineCoreOutputs", named=("outputs",)),
+    Hook(OUTPUT_PROCESSOR, "OutputProcessor.process_outputs", ("engine_core_outputs",)),
+    Hook(OUTPUT_PROCESSOR, "OutputProcessor", named=("request_states",)),
+    Hook(OUTPUT_PROCESSOR, "RequestState", named=("external_req_id",)),
     Hook(
         "sampling_params.py",
         "SamplingParams",
@@ -118,10 +141,24 @@ HOOKS: tuple[Hook, ...] = (
     Hook("config/vllm.py", "VllmConfig", named=("additional_config",)),
     Hook("config/vllm.py", "VllmConfig.__post_init__"),
     Hook(
-        "config/compilation.py",
+        COMPILATION,
         "CompilationConfig",
         named=("splitting_ops", "cudagraph_mode", "static_forward_context"),
     ),
+    Hook(
+        COMPILATION,
+        "CUDAGraphMode",
+        named=("PIECEWISE", "has_full_cudagraphs", "requires_piecewise_compilation"),
+    ),
+    # Options that are refused: under another name they would be let through. The one for adaptive
+    # verification is younger than 0.26.
+    Hook(
+        "config/parallel.py",
+        "ParallelConfig",
+        named=("enable_dbo", "prefill_context_parallel_size"),
+    ),
+    Hook("config/cache.py", "CacheConfig", named=("kv_sharing_fast_prefill",)),
+    Hook("config/scheduler.py", "SchedulerConfig", named=("runner_type",)),
     Hook(
         "utils/torch_utils.py",
         "direct_register_custom_op",

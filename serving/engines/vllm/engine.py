@@ -380,8 +380,15 @@ def _launched(source: str, options: dict[str, Any]) -> Any:
     from trimtab.serving.engines.vllm.plugin import register
 
     register()
+
+    class Engine(AsyncLLM):
+        """Ended by `VllmEngine.stop`; its own destructor fails at the interpreter's end."""
+
+        def __del__(self) -> None:
+            pass
+
     options.setdefault("enable_log_requests", False)
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, **options))
+    return Engine.from_engine_args(AsyncEngineArgs(model=source, **options))
 
 
 def _check_layers(facts: Sequence[Mapping[str, Any]]) -> None:
