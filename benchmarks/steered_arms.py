@@ -40,6 +40,13 @@ def prompts(tokenizer: Any, n: int) -> list[tuple[int, ...]]:
     return rows
 
 
+def random_prompts(n: int, *, length: int) -> list[tuple[int, ...]]:
+    """Return n different prompts of token ids below 1000, which every vocabulary has."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(10, 1000, (n, length), generator=generator)
+    return [tuple(row) for row in ids.tolist()]
+
+
 class ArmPlans:
     """The plans of every arm, the same for the same sizes.
 

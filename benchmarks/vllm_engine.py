@@ -4,7 +4,7 @@
     python benchmarks/vllm_engine.py --compiled --concurrency 8 --repeats 5
     python benchmarks/vllm_engine.py --profile four --concurrency 1,8
 
-Two processes hold an engine each: one without the plugin (TRIMTAB_VLLM=off), one with it. They are
+Two processes hold an engine each: one without any plugin, one with trimtab's. They are
 asked in turn, so that the other sleeps; before and after every run of the steered one the plain one
 runs, and a ratio is to the mean of those two. Medians over all rounds:
 
@@ -14,8 +14,9 @@ runs, and a ratio is to the mean of those two. Medians over all rounds:
 
 Every request makes the same number of tokens, whatever they are, and nothing is remembered between
 runs. `wall` is tokens a second of the whole run, prompts included; `decode` counts from the first
-token of the last request on; `cpu` compares the processes' own time, which a busy machine blurs
-less. With `--through engine` requests go the app's way instead, VllmEngine and vLLM's own process.
+token of the last request on; `cpu` compares the processes' own time; `quiet` compares the quickest
+of each decoding pass over the rounds, which is what a busy machine blurs least. With `--through
+engine` requests go the app's way instead, VllmEngine and vLLM's own process.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import os
 import platform
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -46,15 +47,22 @@ class Setting:
     is_compiled: bool
     most: int
     n_tokens: int
-    through: str
+    through: str = "core"
+    n_prompt: int | None = None  # random prompts of this length; None takes chats
+    options: dict[str, Any] = field(default_factory=dict)  # of vLLM, beside these
+
+
+# Which of vLLM's plugins a process may load. `hotwire` is hotwire-vllm, for comparison.
+PLUGINS = {"plain": "", "steered": "trimtab", "hotwire": "hotwire"}
 
 
 class Core:
     """An engine in a process of its own, asked over a pipe."""
 
-    def __init__(self, setting: Setting, *, is_steered: bool, threads: int) -> None:
+    def __init__(self, setting: Setting, kind: str, *, threads: int) -> None:
         os.environ |= {
-            "TRIMTAB_VLLM": "on" if is_steered else "off",
+            "TRIMTAB_VLLM": "on" if kind == "steered" else "off",
+            "VLLM_PLUGINS": PLUGINS[kind],
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_LOGGING_LEVEL": "ERROR",
@@ -63,7 +71,7 @@ class Core:
         }
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_core, args=(theirs, asdict(setting), is_steered))
+        self._process = context.Process(target=_core, args=(theirs, asdict(setting), kind))
         self._process.start()
         theirs.close()
 
@@ -87,8 +95,8 @@ class Core:
             self._process.kill()
 
 
-def _core(pipe: Connection, setting: dict[str, Any], is_steered: bool) -> None:
-    serve(pipe, is_steered=is_steered, **setting)
+def _core(pipe: Connection, setting: dict[str, Any], kind: str) -> None:
+    serve(pipe, kind=kind, **setting)
 
 
 @dataclass
@@ -96,7 +104,29 @@ class Measured:
     """One level's runs of every arm."""
 
     runs: dict[str, list[Run]]
-    ratios: dict[str, list[dict[str, float]]]
+    beside: dict[str, list[tuple[Run, Run]]]  # the plain runs before and after each run
+
+    def speed(self, name: str) -> float:
+        """Return an arm's median tokens a second."""
+        return statistics.median(run.speed for run in self.runs[name])
+
+    def ratios(self, name: str) -> dict[str, float]:
+        """Return an arm's speeds over the plain engine's; below 1 is slower."""
+        pairs = list(zip(self.runs[name], self.beside[name], strict=True))
+        ratios = {
+            kind: statistics.median(
+                (getattr(before, field) + getattr(after, field)) / 2 / getattr(run, field)
+                for run, (before, after) in pairs
+            )
+            for kind, field in (("wall", "seconds"), ("decode", "decode_s"), ("cpu", "cpu_s"))
+        }
+        plain = [after for _, (_, after) in pairs]
+        return ratios | {"quiet": _quickest(plain) / _quickest(self.runs[name])}
+
+
+def _quickest(runs: list[Run]) -> float:
+    """Return the sum over decoding passes of each one's quickest time."""
+    return sum(min(times) for times in zip(*(run.passes_s for run in runs), strict=False))
 
 
 def measure(plain: Core, steered: Core, n: int, *, arms: list[str], repeats: int) -> Measured:
@@ -111,22 +141,14 @@ def measure(plain: Core, steered: Core, n: int, *, arms: list[str], repeats: int
             if repeat:
                 measured.runs[name].append(run)
                 measured.runs["plain"].append(after)
-                measured.ratios[name].append(_ratios(run, before, after))
+                measured.beside[name].append((before, after))
             before = after
         print(f"{n} at once: round {repeat}/{repeats}", file=sys.stderr, flush=True)
     return measured
 
 
-def _ratios(run: Run, before: Run, after: Run) -> dict[str, float]:
-    """Return speeds over the mean of the neighbours' times; below 1 is slower."""
-    return {
-        kind: (getattr(before, field) + getattr(after, field)) / 2 / getattr(run, field)
-        for kind, field in (("wall", "seconds"), ("decode", "decode_s"), ("cpu", "cpu_s"))
-    }
-
-
 def _profile(setting: Setting, arms: list[str], levels: list[int], *, threads: int) -> None:
-    core = Core(setting, is_steered=True, threads=threads)
+    core = Core(setting, "steered", threads=threads)
     try:
         core.answer()
         for n in levels:
@@ -156,9 +178,9 @@ def main() -> None:
     if args.profile:
         _profile(setting, args.profile.split(","), levels, threads=args.threads)
         return
-    plain = Core(setting, is_steered=False, threads=args.threads)
+    plain = Core(setting, "plain", threads=args.threads)
     facts = plain.answer()
-    steered = Core(setting, is_steered=True, threads=args.threads)
+    steered = Core(setting, "steered", threads=args.threads)
     try:
         steered.answer()
         results = {
@@ -177,22 +199,23 @@ def main() -> None:
     _show(results, facts, file=args.json)
 
 
-def _show(results: dict[int, Measured], facts: dict[str, Any], *, file: str | None) -> None:
-    print(" ".join(f"{k}={v}" for k, v in facts.items()))
-    rows = {
+def rows_of(results: dict[int, Measured]) -> dict[int, dict[str, dict[str, float]]]:
+    """Return each level's arms: median tokens a second, and ratios to the plain engine."""
+    return {
         n: {
             name: {
-                "tokens_per_second": statistics.median(run.speed for run in runs),
-                **{
-                    kind: statistics.median(one[kind] for one in found.ratios[name])
-                    for kind in ("wall", "decode", "cpu")
-                    if name != "plain"
-                },
+                "tokens_per_second": found.speed(name),
+                **({} if name == "plain" else found.ratios(name)),
             }
-            for name, runs in found.runs.items()
+            for name in found.runs
         }
         for n, found in results.items()
     }
+
+
+def _show(results: dict[int, Measured], facts: dict[str, Any], *, file: str | None) -> None:
+    print(" ".join(f"{k}={v}" for k, v in facts.items()))
+    rows = rows_of(results)
     for n, row in rows.items():
         for name, one in row.items():
             ratios = "   ".join(f"{k} {v:.3f}" for k, v in one.items() if k != "tokens_per_second")
