@@ -1,7 +1,7 @@
 """Tensor operations: the steering op, classifier guidance, attention. Knows nothing but tensors."""
 
 from trimtab.kernels.guidance import Classifier, Goals, guide, probabilities, read
-from trimtab.kernels.steer import LayerBank, steer
+from trimtab.kernels.steer import LayerBank, shift, steer
 
 __all__ = [
     "Classifier",
@@ -10,5 +10,6 @@ __all__ = [
     "guide",
     "probabilities",
     "read",
+    "shift",
     "steer",
 ]

@@ -17,6 +17,7 @@ This file is the plain torch reference: the specification, the CPU path and the 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -84,6 +85,34 @@ class Classifier:
 
 
 @dataclass(frozen=True, eq=False)
+class Pull:
+    """What labels ask for: the part of dL/do that is the same wherever a token stands.
+
+    `positive` is 1/n at each of T+'s n labels, `both` adds T-'s, `change` is T-'s less T+'s, all
+    `[n_tokens, n_labels]`; `balance` is `change` summed over labels, `[n_tokens, 1]`.
+    """
+
+    positive: torch.Tensor
+    both: torch.Tensor
+    change: torch.Tensor
+    balance: torch.Tensor
+
+    @classmethod
+    def of(cls, toward: torch.Tensor, away: torch.Tensor) -> Pull:
+        positive, negative = _share(toward), _share(away)
+        change = negative - positive
+        return cls(positive, positive + negative, change, change.sum(1, keepdim=True))
+
+    def slope(self, logits: torch.Tensor, loss: Loss) -> torch.Tensor:
+        """Return dL/do of each token, `[n_tokens, n_labels]`."""
+        if loss == "logits":
+            return self.change
+        if loss == "sigmoid":
+            return torch.addcmul(-self.positive, logits.sigmoid(), self.both)
+        return torch.addcmul(self.change, logits.softmax(1), self.balance, value=-1)
+
+
+@dataclass(frozen=True, eq=False)
 class Goals:
     """Where each token is to be steered, and how far.
 
@@ -104,6 +133,11 @@ class Goals:
     picks_rival: torch.Tensor
     until: torch.Tensor
     keeps_norm: torch.Tensor
+
+    @cached_property
+    def pull(self) -> Pull:
+        """What the labels ask for wherever a token stands."""
+        return Pull.of(self.toward, self.away)
 
     def times(self, gates: torch.Tensor) -> Goals:
         """Return the goals with their steps scaled by `gates`, `[n_tokens, 1]`, float32."""
@@ -170,13 +204,14 @@ def guide(
     h = hidden.float()
     z = torch.addmm(classifier.b_in, h, classifier.w_in.T)
     total = torch.zeros_like(z)
-    away, pull = goals.away, _Pull.of(goals.toward, goals.away)
+    away, pull = goals.away, goals.pull
     # Few and fused calls: between two passes of a model a small call costs 20 us, whatever it does.
-    for k in range(goals.sizes.shape[1]):
+    n_steps = goals.sizes.shape[1]
+    for k in range(n_steps):
         logits, above_in, above_mid = _head(z, classifier)
         if has_rival:
             away = _with_rival(goals, logits)
-            pull = _Pull.of(goals.toward, away)
+            pull = Pull.of(goals.toward, away)
         u = _pulled_back(pull.slope(logits, loss), classifier, above_in, above_mid)
         moved = u @ classifier.gram
         size = goals.sizes[:, k : k + 1]
@@ -191,7 +226,8 @@ def guide(
         if has_until:
             size = torch.where(_is_satisfied(logits, goals, away, classifier), 0.0, size)
         total = torch.addcmul(total, size, u)
-        z = torch.addcmul(z, size, moved, value=-1)
+        if k + 1 < n_steps:
+            z = torch.addcmul(z, size, moved, value=-1)
     guided = torch.addmm(h, total, classifier.w_in, alpha=-1)
     if has_norm:
         guided = torch.where(goals.keeps_norm.unsqueeze(1), _with_norm_of(h, guided), guided)
@@ -226,34 +262,6 @@ def _pulled_back(
     assert above_in is not None
     assert above_mid is not None
     return ((slope @ classifier.w_out) * above_mid @ classifier.w_mid) * above_in
-
-
-@dataclass(frozen=True, eq=False)
-class _Pull:
-    """What labels ask for: the part of dL/do that is the same wherever a token stands.
-
-    `positive` is 1/n at each of T+'s n labels, `both` adds T-'s, `change` is T-'s less T+'s, all
-    `[n_tokens, n_labels]`; `balance` is `change` summed over labels, `[n_tokens, 1]`.
-    """
-
-    positive: torch.Tensor
-    both: torch.Tensor
-    change: torch.Tensor
-    balance: torch.Tensor
-
-    @classmethod
-    def of(cls, toward: torch.Tensor, away: torch.Tensor) -> _Pull:
-        positive, negative = _share(toward), _share(away)
-        change = negative - positive
-        return cls(positive, positive + negative, change, change.sum(1, keepdim=True))
-
-    def slope(self, logits: torch.Tensor, loss: Loss) -> torch.Tensor:
-        """Return dL/do of each token, `[n_tokens, n_labels]`."""
-        if loss == "logits":
-            return self.change
-        if loss == "sigmoid":
-            return torch.addcmul(-self.positive, logits.sigmoid(), self.both)
-        return torch.addcmul(self.change, logits.softmax(1), self.balance, value=-1)
 
 
 def _share(labels: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+_TINY = 1e-20  # a norm below it is none
+
 
 @dataclass(frozen=True, eq=False)
 class LayerBank:
@@ -95,3 +97,33 @@ def steer(
         keeps = asked.any(1, keepdim=True) & (after > 0)
         steered = steered * torch.where(keeps, before / after, 1.0)
     return steered.to(hidden.dtype)
+
+
+def shift(
+    h: torch.Tensor,
+    change: torch.Tensor,
+    *,
+    keeps_norm: torch.Tensor | bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `steer`'s result where all there is to do is to add: the same numbers, fewer calls.
+
+    Beside a model's pass on a CPU a small call costs more than its numbers, and most requests
+    only add.
+
+    Args:
+        h: residual stream, `[n_tokens, d_model]`, float32; not changed.
+        change: what each token gets, `[n_tokens, d_model]`, float32.
+        keeps_norm: whether |h| is restored, `[n_tokens, 1]`, bool, or one for all.
+        out: where to put it, `[n_tokens, d_model]`, any floating dtype.
+    """
+    if keeps_norm is False:
+        return torch.add(h, change, out=out)
+    shifted = h + change
+    before = torch.linalg.vector_norm(h, dim=1, keepdim=True)
+    # A state shifted to exactly zero has no direction to stretch: it stays zero, not NaN.
+    after = torch.linalg.vector_norm(shifted, dim=1, keepdim=True).clamp_min(_TINY)
+    ratio = before / after
+    if isinstance(keeps_norm, torch.Tensor):
+        ratio = torch.where(keeps_norm, ratio, 1.0)
+    return torch.mul(shifted, ratio, out=out)

@@ -90,7 +90,16 @@ def sequences(
                 # every choice is the same shape.
                 prompt_logprobs=prompt_logprobs,
             )
-            made.append(Request(uuid.uuid4().hex, ids, sampling, admitted.plan, admitted.probes))
+            made.append(
+                Request(
+                    uuid.uuid4().hex,
+                    ids,
+                    sampling,
+                    admitted.plan,
+                    admitted.probes,
+                    request.cache_salt,
+                )
+            )
     return made
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from trimtab.kernels import guide
+from trimtab.kernels import Goals, guide
 from trimtab.steering.bank import Bank
 from trimtab.steering.plan import Guide
 
@@ -20,17 +20,15 @@ class GuidanceWork:
     Attributes:
         lead: one of their guides; they share its classifier, loss and kind of step.
         index: the tokens, `[n]`, int64; None means all.
-        rows: each one's row of the goals' table, `[n]`, int64.
+        goals: each one's, gathered from the bank's table.
         parts: each one's part, whose gate holds for it, `[n]`, int64.
-        n_steps: the most steps any of them takes.
         has_rival, has_until, has_norm: whether any of them asks for it.
     """
 
     lead: Guide
     index: torch.Tensor | None
-    rows: torch.Tensor
+    goals: Goals
     parts: torch.Tensor
-    n_steps: int
     has_rival: bool
     has_until: bool
     has_norm: bool
@@ -46,7 +44,7 @@ class GuidanceWork:
             gates: `[n_tokens, n_parts]`, float32; None means all open.
         """
         classifier = bank.readers.of(self.lead.reader)
-        goals = bank.goals.gather(self.rows, n_labels=classifier.n_labels, n_steps=self.n_steps)
+        goals = self.goals
         if gates is not None:
             mine = gates if self.index is None else gates.index_select(0, self.index)
             goals = goals.times(mine.gather(1, self.parts.unsqueeze(1)))
@@ -107,12 +105,16 @@ def _work(
     def on_device(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(bank.device)
 
+    lead = guides[0]
     return GuidanceWork(
-        lead=guides[0],
+        lead=lead,
         index=None if is_whole else on_device(index),
-        rows=on_device(rows),
+        goals=bank.goals.gather(
+            on_device(rows),
+            n_labels=len(lead.reader.labels),
+            n_steps=max(len(one.sizes) for one in guides),
+        ),
         parts=on_device(parts),
-        n_steps=max(len(one.sizes) for one in guides),
         has_rival=any(one.picks_rival for one in guides),
         has_until=any(one.until is not None for one in guides),
         has_norm=any(one.keeps_norm for one in guides),

@@ -24,12 +24,22 @@ class SteeredRequest:
         lease: its slots.
         n_prompt: length of its prompt in tokens.
         latched: decision of each per-prompt gate, by part index.
+        is_uniform: whether every token is treated alike.
+        is_uniform_answer: whether every generated token is.
     """
 
     lease: Lease
     n_prompt: int
     latched: dict[int, float] = field(default_factory=dict)
+    is_uniform: bool = field(init=False)
+    is_uniform_answer: bool = field(init=False)
     _seen: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parts = self.lease.plan.parts
+        has_gate = any(part.gate is not None for part in parts)
+        self.is_uniform = not has_gate and all(part.window.everywhere for part in parts)
+        self.is_uniform_answer = not has_gate and all(part.window.same_in_answer for part in parts)
 
     def saw(self, part: int, start: int, inside: np.ndarray, is_open: np.ndarray) -> None:
         """Note a token gate's decisions.

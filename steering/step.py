@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from trimtab.kernels import probabilities, read, steer
+from trimtab.kernels import probabilities, read, shift, steer
 from trimtab.steering.bank import Bank
 from trimtab.steering.guidance_work import GuidanceWork, plan_guidance
 from trimtab.steering.plan import Gate, Reader
 from trimtab.steering.steered_request import SteeredRequest
+
+# Numbers of additive rows, gathered for all layers, that a step keeps for when it runs again.
+_KEPT_CHANGES = 2**24
 
 
 class SplitPromptError(ValueError):
@@ -65,13 +68,45 @@ class Span:
         """True if its tokens are neither steered nor read."""
         return self.watch is None and (self.request is None or not self.request.lease.slots)
 
+    @property
+    def is_steady(self) -> bool:
+        """True if as many of its request's next tokens would be steered the same way."""
+        if self.watch is not None:
+            return False
+        request = self.request
+        return request is None or (
+            request.is_uniform or (request.is_uniform_answer and self.start >= request.n_prompt)
+        )
+
 
 @dataclass(frozen=True)
 class _LayerWork:
     index: torch.Tensor | None  # tokens touched here, [n]; None means all
+    tokens: np.ndarray | None  # the same on the host
     slots: torch.Tensor  # [n, n_parts]
     has_low_rank: bool
     has_norm: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """All that happens at a layer where tokens only get rows added.
+
+    Attributes:
+        index: the tokens, `[n]`, int64; None means all.
+        change: what each gets, `[n, d_model]`, float32.
+        keeps_norm: whether |h| is restored, `[n, 1]`, bool, or one for all.
+    """
+
+    index: torch.Tensor | None
+    change: torch.Tensor
+    keeps_norm: torch.Tensor | bool
+
+    def apply(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the pass's hidden states with these tokens shifted, `[n_tokens, d_model]`."""
+        states = hidden if self.index is None else hidden.index_select(0, self.index)
+        moved = shift(states.float(), self.change, keeps_norm=self.keeps_norm).to(hidden.dtype)
+        return moved if self.index is None else hidden.index_copy(0, self.index, moved)
 
 
 @dataclass(frozen=True)
@@ -135,9 +170,11 @@ class SteerStep:
                     continue  # an earlier span of this pass is the prompt, and decides for all
                 elif part.gate.per_prompt or inside.any():
                     self._read(part.gate, tokens, m, request, span)
+        self._shifts: dict[int, Shift] = {}
         self._layers = self._plan_layers()
         self._guidance = self._plan_guidance()
         self._gates = None if gates is None else torch.from_numpy(gates).to(bank.device)
+        self.layers = frozenset({*self._layers, *self._guidance, *self._readings, *self._watched})
 
     def _read(
         self, gate: Gate, tokens: slice, part: int, request: SteeredRequest, span: Span
@@ -176,22 +213,41 @@ class SteerStep:
             whole = len(tokens) == self.n_tokens
             work[layer] = _LayerWork(
                 index=None if whole else torch.from_numpy(tokens).to(bank.device),
+                tokens=None if whole else tokens,
                 slots=torch.from_numpy(mine).to(bank.device),
                 has_low_rank=bool(bank.has_low_rank[layer, mine].any()),
                 has_norm=bool(bank.has_norm[layer, mine].any()),
             )
         return work
 
-    @property
-    def layers(self) -> list[int]:
-        """Layers whose output must pass through `apply`, ascending."""
-        return sorted({*self._layers, *self._guidance, *self._readings, *self._watched})
+    def shift(self, layer: int) -> Shift | None:
+        """Return what there is to do at a layer if it is only to add, else None."""
+        known = self._shifts.get(layer)
+        if known is not None:
+            return known
+        work = self._layers.get(layer)
+        is_more = layer in self._guidance or layer in self._readings or layer in self._watched
+        if work is None or is_more or work.has_low_rank or self._gates is not None:
+            return None
+        made = self._shift_of(layer, work)
+        # Worth keeping while the same requests decode; a long prompt passes once.
+        if self.n_tokens * self.bank.hidden_size * self.bank.n_layers <= _KEPT_CHANGES:
+            self._shifts[layer] = made
+        return made
 
-    def is_at(self, layer: int) -> bool:
-        """True if a layer's output must pass through `apply`."""
-        return any(
-            layer in work for work in (self._layers, self._guidance, self._readings, self._watched)
-        )
+    def _shift_of(self, layer: int, work: _LayerWork) -> Shift:
+        n_tokens, n_parts = work.slots.shape
+        rows = self.bank.row_of[layer].index_select(0, work.slots.reshape(-1))
+        change = self.bank.rows.index_select(0, rows)
+        if n_parts > 1:
+            change = change.view(n_tokens, n_parts, -1).sum(1)
+        keeps_norm: torch.Tensor | bool = work.has_norm
+        if work.has_norm:
+            mine = self._slots if work.tokens is None else self._slots[work.tokens]
+            asked = self.bank.has_norm[layer, mine].any(1)
+            if not asked.all():
+                keeps_norm = torch.from_numpy(asked).to(self.bank.device).unsqueeze(1)
+        return Shift(work.index, change, keeps_norm)
 
     def touched(self, layer: int) -> torch.Tensor | None:
         """Return the tokens that `apply` may change at a layer, `[n]`, int64; None means all."""
@@ -214,6 +270,9 @@ class SteerStep:
         """
         if hidden.shape[0] != self.n_tokens:
             raise ValueError(f"step of {self.n_tokens} tokens got hidden {tuple(hidden.shape)}")
+        only = self.shift(layer)
+        if only is not None:
+            return only.apply(hidden)
         for reading in self._readings.get(layer, ()):
             self._decide(reading, hidden)
         for watched in self._watched.get(layer, {}).values():

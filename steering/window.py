@@ -41,6 +41,11 @@ class Window:
         )
 
     @property
+    def same_in_answer(self) -> bool:
+        """True if either every generated token is inside, or none."""
+        return self.generation == self.thinking and self.first is None and not self.after
+
+    @property
     def empty(self) -> bool:
         """True if no token of any request can be inside."""
         generated = self.generation or self.thinking

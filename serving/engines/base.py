@@ -78,6 +78,7 @@ class Request:
         sampling: how to choose tokens.
         plan: compiled steering, or None.
         probes: what to read at every generated token.
+        cache_salt: cached prompts are shared only with requests that have the same.
     """
 
     id: str
@@ -85,6 +86,7 @@ class Request:
     sampling: SamplingParams
     plan: Plan | None = None
     probes: tuple[Reader, ...] = ()
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True)

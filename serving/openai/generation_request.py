@@ -95,6 +95,12 @@ class GenerationRequest(StrictModel):
     vllm_xargs: dict[str, Any] | None = Field(
         None, description='`{"steering": "<json>"}`, another way in'
     )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=128,
+        description="Requests share cached prompts only with those that have the same salt",
+    )
     # Labels of the sender's: kept off the schema, without effect on the answer.
     user: Label = None
     metadata: Metadata | None = None

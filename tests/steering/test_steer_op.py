@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from trimtab.kernels import LayerBank, steer
+from trimtab.kernels import LayerBank, shift, steer
 
 WIDTHS = (1, 7, 16, 64)
 TOKENS = (0, 1, 5, 16)
@@ -208,3 +208,28 @@ def test_shapes_that_do_not_belong_together_are_refused(
             bank=c.bank,
             gates=None if gates is None else torch.ones(gates),
         )
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("keeps", ["none", "all", "some"])
+def test_the_short_way_gives_the_ops_numbers(dtype: torch.dtype, keeps: str) -> None:
+    """A faster op that forgets the norm of some tokens, or rounds twice."""
+    c = case(16, 64, n_parts=1)
+    c.bank.norm[:] = {"none": False, "all": True}.get(keeps, c.bank.norm)
+    hidden = c.hidden.to(dtype)
+    expected = steer(hidden, c.slots, bank=c.bank, has_low_rank=False)
+    change = c.bank.rows[c.bank.row_of[c.slots[:, 0]]]
+    asked = c.bank.norm[c.slots]
+    keeps_norm = asked if keeps == "some" else keeps == "all"
+    got = torch.empty_like(hidden)
+    shift(hidden.float(), change, keeps_norm=keeps_norm, out=got)
+    bound = BOUNDS[dtype] * float(expected.float().pow(2).mean().sqrt())
+    assert float((got.float() - expected.float()).abs().max()) <= 4 * bound
+    if dtype == torch.float32:
+        assert torch.equal(shift(hidden, change, keeps_norm=keeps_norm), got)
+
+
+def test_a_state_shifted_to_zero_stays_zero() -> None:
+    """0 / 0 in the ratio of norms turns a token's state, and all that follows it, into NaN."""
+    h = torch.ones(2, 8)
+    assert torch.equal(shift(h, -h, keeps_norm=True), torch.zeros(2, 8))

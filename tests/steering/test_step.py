@@ -3,82 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_shelf import N_LAYERS, SHELF, WIDTH, compiled, drawn, passed, requested
 
-from trimtab.steering.artifact import ModelRef
 from trimtab.steering.bank import Bank
-from trimtab.steering.compile import Limits, compile_plan
-from trimtab.steering.plan import Plan
-from trimtab.steering.spec import parse_spec
 from trimtab.steering.steered_request import Counts, SteeredRequest
 from trimtab.steering.step import Span, SteerStep
-from trimtab.steering.vector import VectorArtifact
-
-WIDTH, N_LAYERS = 16, 3
-MODEL = ModelRef("toy", None, "llama", WIDTH, N_LAYERS)
-
-
-def drawn(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Shelf:
-    """Vectors on all layers by name: `b` is oblique to `a`, `near` is `a` turned by 1e-6."""
-
-    def vector(self, name: str, *, param: str | None = None) -> VectorArtifact:
-        rows = drawn(ord(name[0]), N_LAYERS, WIDTH)
-        if name == "b":
-            rows = rows + 0.7 * drawn(ord("a"), N_LAYERS, WIDTH)
-        if name == "near":
-            rows = 3 * (drawn(ord("a"), N_LAYERS, WIDTH) + 1e-6 * rows)
-        return VectorArtifact(
-            id=name,
-            model=MODEL,
-            layers=(0, 1, 2),
-            directions=rows,
-            default_layers=(1,),
-            method="caa",
-            probe=torch.tensor([[0.5, 0.1]]).repeat(N_LAYERS, 1),
-            probe_layer=0,
-        )
-
-
-SHELF = Shelf()
-
-
-def compiled(spec: Any) -> Plan:
-    return compile_plan(
-        parse_spec(spec),
-        SHELF,
-        model=MODEL,
-        hidden_norms=torch.ones(N_LAYERS),
-        limits=Limits(max_dose=None),
-    )
-
-
-def requested(bank: Bank, spec: Any, *, n_prompt: int) -> SteeredRequest:
-    lease = bank.acquire(compiled(spec))
-    assert lease is not None
-    return SteeredRequest(lease, n_prompt=n_prompt)
 
 
 @pytest.fixture
 def bank() -> Bank:
     return Bank(n_layers=N_LAYERS, hidden_size=WIDTH)
-
-
-def passed(step: SteerStep, hidden: torch.Tensor, *, layers: int = N_LAYERS) -> torch.Tensor:
-    """Send the same states through the steering of all layers, as a model of identities would."""
-    for layer in range(layers):
-        hidden = step.apply(layer, hidden)
-    step.finish()
-    return hidden
 
 
 def unit(name: str, layer: int = 1) -> torch.Tensor:
@@ -98,7 +38,7 @@ def test_scale_0_is_unsteered(bank: Bank) -> None:
     hidden = drawn(1, 5, WIDTH).bfloat16()
     request = requested(bank, {"vectors": [{"id": "a", "scale": 0, "normalize": True}]}, n_prompt=5)
     step = SteerStep(bank, [Span(5, 0, request)])
-    assert step.layers == []
+    assert not step.layers
     assert step.apply(1, hidden) is hidden
 
 
@@ -282,10 +222,10 @@ def test_only_the_layers_asked_for_are_touched(bank: Bank) -> None:
     """A hook on every layer costs the unsteered ones their speed."""
     spec = {"vectors": [{"id": "a", "layers": [0, 2], "apply": {"prompt": False}}]}
     request = requested(bank, spec, n_prompt=4)
-    assert SteerStep(bank, [Span(2, 4, request)]).layers == [0, 2]
-    assert SteerStep(bank, [Span(4, 0, request)]).layers == []
-    assert SteerStep(bank, [Span(4)]).layers == []
-    assert SteerStep(bank, []).layers == []
+    assert SteerStep(bank, [Span(2, 4, request)]).layers == {0, 2}
+    assert SteerStep(bank, [Span(4, 0, request)]).layers == frozenset()
+    assert SteerStep(bank, [Span(4)]).layers == frozenset()
+    assert SteerStep(bank, []).layers == frozenset()
 
 
 def test_a_step_refuses_another_batch(bank: Bank) -> None:

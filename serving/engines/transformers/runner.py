@@ -20,6 +20,7 @@ from trimtab.steering.model.attention import attention_configs
 from trimtab.steering.model.decoder import text_config
 from trimtab.steering.model.hooks import steered
 from trimtab.steering.step import Span, SteerStep
+from trimtab.steering.step_planner import StepPlanner
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,8 @@ class Runner(Protocol):
         ...
 
 
-def _step(bank: Bank, spans: list[Span]) -> SteerStep | None:
-    if all(span.is_plain for span in spans):
-        return None
-    return SteerStep(bank, spans)
+def _step(planner: StepPlanner, spans: list[Span]) -> SteerStep | None:
+    return None if all(span.is_plain for span in spans) else planner.step(spans)
 
 
 class PackedRunner:
@@ -76,8 +75,8 @@ class PackedRunner:
     ) -> None:
         self.model = model
         self.layers = layers
-        self.bank = bank
         self.kv = kv
+        self._planner = StepPlanner(bank)
         self.device = next(model.parameters()).device
         self._configs = attention_configs(model)
 
@@ -105,7 +104,7 @@ class PackedRunner:
             torch.tensor(lengths, dtype=torch.int64, device=self.device),
             tuple(segments),
         )
-        step = _step(self.bank, [chunks[i].span for i in order])
+        step = _step(self._planner, [chunks[i].span for i in order])
         with packed_attention(self._configs, batch), steered(self.layers, step):
             output = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
@@ -143,7 +142,7 @@ class SoloRunner:
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], *, bank: Bank) -> None:
         self.model = model
         self.layers = layers
-        self.bank = bank
+        self._planner = StepPlanner(bank)
         self.device = next(model.parameters()).device
         self._caches: dict[int, Any] = {}
 
@@ -152,7 +151,7 @@ class SoloRunner:
         return [self._run(chunk) for chunk in chunks]
 
     def _run(self, chunk: Chunk) -> torch.Tensor:
-        step = _step(self.bank, [chunk.span])
+        step = _step(self._planner, [chunk.span])
         inputs: dict[str, Any] = {}
         if chunk.start:
             name, cache = self._caches[chunk.row]

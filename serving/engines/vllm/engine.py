@@ -251,8 +251,11 @@ class VllmEngine:
         assert self._text is not None
         inbox = INBOXES[request.id] = Inbox()
         answer = Answer(request, inbox, self.info.tokenizer, marks=self._marks, text=self._text)
+        prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_ids)}
+        if request.cache_salt is not None:
+            prompt["cache_salt"] = request.cache_salt
         outputs = self._llm.generate(
-            {"prompt_token_ids": list(request.prompt_ids)},
+            prompt,
             vllm_params(request, extra_args=extra),
             request.id,
         )

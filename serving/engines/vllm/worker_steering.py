@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from trimtab.kernels import Classifier
+from trimtab.kernels import Classifier, shift
 from trimtab.serving.engines.vllm.plan_wire import (
     KEY,
     Carried,
@@ -25,7 +25,8 @@ from trimtab.serving.engines.vllm.plan_wire import (
 from trimtab.steering.bank import Bank
 from trimtab.steering.plan import MAX_PARTS
 from trimtab.steering.steered_request import SteeredRequest
-from trimtab.steering.step import Span, SteerStep, Watch
+from trimtab.steering.step import Shift, Span, SteerStep, Watch
+from trimtab.steering.step_planner import StepPlanner
 from trimtab.steering.thinking import ThinkingMarks, ThinkingSpans
 
 logger = logging.getLogger(__name__)
@@ -59,11 +60,16 @@ class BatchRow:
 class _Live:
     carried: Carried
     n_prompt: int
+    has_gate: bool
     request: SteeredRequest | None = None  # None until it holds slots
     watch: Watch | None = None
     thinking: ThinkingSpans | None = None
     norms: dict[int, list[float]] = field(default_factory=dict)
     is_told: bool = False  # whether its first report has gone
+
+    @property
+    def has_to_tell(self) -> bool:
+        return not self.is_told or self.has_gate or self.watch is not None
 
 
 class WorkerSteering:
@@ -96,10 +102,14 @@ class WorkerSteering:
             max_rows=max_requests * n_layers,
         )
         self.step: SteerStep | None = None
+        self._planner = StepPlanner(self.bank)
         self.n_steered_steps = 0
+        self.n_preempted = 0
         self._live: dict[str, _Live] = {}
         self._failed: dict[str, str] = {}
-        self._rows: list[BatchRow] = []
+        self._rows: Sequence[BatchRow] = ()
+        self._talking: list[tuple[BatchRow, _Live]] = []
+        self._measures = False
         self._visited: set[int] = set()
         self._wanted: frozenset[int] = frozenset()
         self._measured: dict[str, dict[int, list[float]]] = {}
@@ -114,7 +124,9 @@ class WorkerSteering:
             if carried is None:
                 raise ValueError("its steering came to the engine uncompiled")
             read = unpacked_request(carried, self._network)
-            live = _Live(read, len(prompt_ids))
+            parts = () if read.plan is None else read.plan.parts
+            has_gate = any(part.gate is not None for part in parts)
+            live = _Live(read, len(prompt_ids), has_gate)
             if read.probes:
                 live.watch = Watch(read.probes)
             if read.marks is not None:
@@ -142,6 +154,7 @@ class WorkerSteering:
         """Give a preempted request's slots to others; it takes new ones when it resumes."""
         live = self._live.get(request_id)
         if live is not None:
+            self.n_preempted += 1
             self._yield_slots(live)
 
     def _yield_slots(self, live: _Live) -> None:
@@ -178,32 +191,31 @@ class WorkerSteering:
             rows: the batch in the order of its tokens; requests that are not steered too.
         """
         self.step = None
-        self._rows = []
         self._visited.clear()
         self._wanted = frozenset()
+        self._talking = []
+        self._rows = ()
         if not self._live:
             return
         spans = [self._span(row) for row in rows]
-        if all(span.is_plain for span in spans) and not self._measuring(rows):
+        self._measures = any(live.carried.measures for _, live in self._talking)
+        if not self._measures and all(span.is_plain for span in spans):
             return
-        self._rows = list(rows)
+        self._rows = rows
         try:
-            self.step = SteerStep(self.bank, spans)
+            self.step = self._planner.step(spans)
         except Exception:
             self.step = self._careful_step(rows, spans)
-        wanted = range(self.n_layers) if self._measuring(rows) else self.step.layers
-        self._wanted = frozenset(wanted) & self.layers
+        wanted = frozenset(range(self.n_layers)) if self._measures else self.step.layers
+        self._wanted = wanted & self.layers
         self.n_steered_steps += 1
-
-    def _measuring(self, rows: Sequence[BatchRow]) -> bool:
-        return any(
-            (live := self._live.get(row.id)) is not None and live.carried.measures for row in rows
-        )
 
     def _span(self, row: BatchRow) -> Span:
         live = self._live.get(row.id)
         if live is None or row.id in self._failed:
             return Span(row.n_tokens, row.start)
+        if live.has_to_tell:
+            self._talking.append((row, live))
         try:
             self._take_slots(live)
             thinking = None
@@ -243,24 +255,34 @@ class WorkerSteering:
         self._visited.add(layer)
         try:
             n = step.n_tokens
-            mine = hidden[:n].float()
-            if residual is not None:
-                mine = mine + residual[:n]
-            self._measure(layer, mine)
-            if not step.is_at(layer):
-                return
-            changed = step.apply(layer, mine)
-            touched = step.touched(layer)
-            if touched is None:
-                hidden[:n].copy_(changed)
-                if residual is not None:
-                    residual[:n].zero_()
-            elif len(touched):
-                hidden.index_copy_(0, touched, changed[touched].to(hidden.dtype))
-                if residual is not None:
-                    residual.index_fill_(0, touched, 0)
+            hidden = hidden[:n]
+            residual = None if residual is None else residual[:n]
+            only = None if self._measures else step.shift(layer)
+            if only is not None:
+                _shift_stream(hidden, residual, only)
+            else:
+                self._steer_stream(layer, hidden, residual, step)
         except Exception as error:  # the step's plain requests must not suffer
             self._fail_step(error)
+
+    def _steer_stream(
+        self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None, step: SteerStep
+    ) -> None:
+        stream = _stream(hidden, residual)
+        if self._measures:
+            self._measure(layer, stream)
+        if layer not in step.layers:
+            return
+        changed = step.apply(layer, stream)
+        touched = step.touched(layer)
+        if touched is None:
+            hidden.copy_(changed)
+            if residual is not None:
+                residual.zero_()
+        elif len(touched):
+            hidden.index_copy_(0, touched, changed.index_select(0, touched).to(hidden.dtype))
+            if residual is not None:
+                residual.index_fill_(0, touched, 0)
 
     def _measure(self, layer: int, states: torch.Tensor) -> None:
         at = 0
@@ -289,35 +311,25 @@ class WorkerSteering:
         token).
         """
         reports: dict[str, dict[str, Any]] = {}
-        step, rows = self.step, self._rows
-        self.step = None
+        step = self.step
         if step is not None:
             missed = self._wanted - self._visited
             if missed:
-                self._fail_step(
-                    RuntimeError(f"the pass did not go through layers {sorted(missed)}")
-                )
+                self._fail_step(RuntimeError(f"the pass missed the layers {sorted(missed)}"))
             else:
                 step.finish()
-                for row in rows:
-                    report = self._report(row, (sampled or {}).get(row.id, 1))
-                    if report:
-                        reports[row.id] = report
+                for row, live in self._talking:
+                    reports[row.id] = self._report(row, live, (sampled or {}).get(row.id, 1))
         for name, why in self._failed.items():
             reports[name] = {"failed": why}
-        self._rows = []
+        self.step = None
+        self._rows = ()
         return reports
 
-    def _report(self, row: BatchRow, n_sampled: int) -> dict[str, Any]:
-        live = self._live.get(row.id)
-        if live is None:
-            return {}
-        report: dict[str, Any] = {}
-        if not live.is_told:
-            live.is_told = True
-            report["applied"] = True
-        plan = live.carried.plan
-        if plan is not None and live.request is not None and _has_gate(plan.parts):
+    def _report(self, row: BatchRow, live: _Live, n_sampled: int) -> dict[str, Any]:
+        report: dict[str, Any] = {} if live.is_told else {"applied": True}
+        live.is_told = True
+        if live.has_gate and live.request is not None:
             n_rejected = max(0, row.n_drafts + 1 - n_sampled) if row.n_drafts else 0
             n_tokens = row.start + row.n_tokens - n_rejected
             flags = None if live.thinking is None else live.thinking.flags(0, n_tokens)
@@ -345,7 +357,7 @@ class WorkerSteering:
         return measured
 
     def stats(self) -> dict[str, int]:
-        """Return how many requests, slots and networks are held, and steps steered."""
+        """Return what is held, and how many steps were steered and requests preempted."""
         return {
             "requests": len(self._live),
             "slots_used": self.bank.n_live,
@@ -353,8 +365,26 @@ class WorkerSteering:
             "networks": len(self._networks),
             "readers": len(self.bank.readers),
             "steered_steps": self.n_steered_steps,
+            "preempted": self.n_preempted,
         }
 
 
-def _has_gate(parts: Iterable[Any]) -> bool:
-    return any(part.gate is not None for part in parts)
+def _stream(hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """Return the residual stream in float32."""
+    return hidden.float() if residual is None else hidden.float() + residual
+
+
+def _shift_stream(hidden: torch.Tensor, residual: torch.Tensor | None, only: Shift) -> None:
+    index = only.index
+    if index is None:
+        stream = _stream(hidden, residual)
+        shift(stream, only.change, keeps_norm=only.keeps_norm, out=hidden)
+        if residual is not None:
+            residual.zero_()
+        return
+    mine = None if residual is None else residual.index_select(0, index)
+    stream = _stream(hidden.index_select(0, index), mine)
+    shifted = shift(stream, only.change, keeps_norm=only.keeps_norm)
+    hidden.index_copy_(0, index, shifted.to(hidden.dtype))
+    if residual is not None:
+        residual.index_fill_(0, index, 0)
