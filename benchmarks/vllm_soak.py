@@ -155,7 +155,7 @@ class Client:
         with self.http:
             while time.monotonic() < end:
                 act = self.random.choices(
-                    (self.chat, self.stream, self.put_vector, self.delete_vector), (8, 8, 2, 1)
+                    (self.chat, self.stream, self.put_vector, self.delete_vector), (16, 16, 5, 1)
                 )[0]
                 try:
                     act()
@@ -251,7 +251,9 @@ class Client:
         kinds = self.random.sample(("vectors", "ablate", "guidance"), self.random.choice((1, 1, 2)))
         if "vectors" in kinds:
             names = self.random.sample(VECTORS, self.random.randint(1, 3))
-            spec["vectors"] = [self._vector(name) for name in names]
+            # Terms at one layer must agree about the norm, whatever their vectors say.
+            normalize = self.random.random() < 0.3
+            spec["vectors"] = [self._vector(name) | {"normalize": normalize} for name in names]
         if "ablate" in kinds:
             spec["ablate"] = [{"id": self.random.choice(VECTORS)}]
         if "guidance" in kinds:
@@ -405,6 +407,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     options = {
         "dtype": "float32",
         "enforce_eager": True,
