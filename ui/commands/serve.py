@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import multiprocessing
 import os
 import shlex
 import socket
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from trimtab.serving.settings import ServerSettings
-from trimtab.ui.help_page import HelpfulCommand
 from trimtab.ui.options import loading_options, model_argument
+from trimtab.ui.served_engine import ENGINES, engine_of
 from trimtab.ui.setting_options import setting_options, settings_given
 from trimtab.ui.terminal import say, styled
+from trimtab.ui.vllm_flags import FLAGS, ServeCommand
 
-GIB = 2**30
+if TYPE_CHECKING:
+    from trimtab.serving.engines.base import Engine
+
 # Settings whose options need more than a field says: keys from the environment, no limit at all.
 _BY_HAND = ("served_model_name", "api_keys", "admin_keys", "max_dose")
 
 
 @click.command(
-    cls=HelpfulCommand,
+    cls=ServeCommand,
     examples=(
         "trimtab serve",
         "trimtab serve smollm2 --port 8080 --max-concurrent 16",
+        "trimtab serve smollm2 --engine vllm --enforce-eager",
         "TRIMTAB_API_KEYS=a-long-secret trimtab serve --host 0.0.0.0",
     ),
 )
 @model_argument
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default=ENGINES[0],
+    show_default=True,
+    help="What runs the model. vllm takes vLLM's own flags too, after MODEL.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
@@ -105,12 +117,14 @@ def serve(model: str, **options: Any) -> None:
     """
     settings = _settings(options)
     _check_open(options["host"], settings, is_allowed=options["insecure_open"])
+    flags = click.get_current_context().meta.get(FLAGS, [])
+    engine = engine_of(model, options, vllm_flags=flags)
     from trimtab.ui.local_server import listening_socket
 
     listening = listening_socket(options["host"], options["port"])
     say(f"Loading {model} ...")
     with listening:
-        _serve(model, listening, settings=settings, options=options)
+        _serve(model, engine, listening, settings=settings)
 
 
 def _settings(options: dict[str, Any]) -> ServerSettings:
@@ -156,28 +170,16 @@ def _is_loopback(host: str) -> bool:
 
 
 def _serve(
-    model: str, listening: socket.socket, *, settings: ServerSettings, options: dict[str, Any]
+    model: str, engine: Engine, listening: socket.socket, *, settings: ServerSettings
 ) -> None:
     import uvicorn
 
     from trimtab.serving.app import create_app
-    from trimtab.serving.engines.transformers.engine import EngineConfig, TransformersEngine
-    from trimtab.steering.model.loading import load_model
     from trimtab.ui.server_log import log_to_stderr, quiet_start
     from trimtab.ui.stores import store_of
 
     quiet_start()
     log_to_stderr()
-    cache_gb = options["cache_gb"]
-    engine = TransformersEngine(
-        lambda: load_model(model, device=options["device"], dtype=options["dtype"]),
-        config=EngineConfig(
-            max_concurrent=options["max_concurrent"],
-            max_queue=options["max_queue"],
-            max_slots=options["max_slots"],
-            cache_bytes=None if cache_gb is None else int(cache_gb * GIB),
-        ),
-    )
     store = store_of(model)
     failures: list[BaseException] = []
 
@@ -191,6 +193,8 @@ def _serve(
             if self.should_exit or not self.is_loaded:
                 say("Stopped at once." if self.is_loaded else "Stopped while loading.")
                 sys.stdout.flush()
+                for child in multiprocessing.active_children():
+                    child.terminate()
                 os._exit(130 if self.is_loaded else 0)
             say("Stopping; Ctrl-C again does not wait for running requests.")
             self.should_exit = True
