@@ -184,10 +184,11 @@ def main() -> None:
     steered = Core(setting, "steered", threads=args.threads)
     try:
         steered.answer()
-        results = {
-            n: measure(plain, steered, n, arms=args.arms.split(","), repeats=args.repeats)
-            for n in levels
-        }
+        results: dict[int, Measured] = {}
+        for n in levels:
+            found = measure(plain, steered, n, arms=args.arms.split(","), repeats=args.repeats)
+            results[n] = found
+            print(_table(rows_of({n: found})), flush=True)
     finally:
         plain.close()
         steered.close()
@@ -214,16 +215,19 @@ def rows_of(results: dict[int, Measured]) -> dict[int, dict[str, dict[str, float
     }
 
 
-def _show(results: dict[int, Measured], facts: dict[str, Any], *, file: str | None) -> None:
-    print(" ".join(f"{k}={v}" for k, v in facts.items()))
-    rows = rows_of(results)
+def _table(rows: dict[int, dict[str, dict[str, float]]]) -> str:
+    lines = []
     for n, row in rows.items():
         for name, one in row.items():
             ratios = "   ".join(f"{k} {v:.3f}" for k, v in one.items() if k != "tokens_per_second")
             budget = f"   budget {BUDGETS[name]}" if name in BUDGETS else ""
             speed = one["tokens_per_second"]
-            print(f"{n:>4} at once  {name:<10}{speed:>8.1f} tokens/s   {ratios}{budget}")
-    line = json.dumps({"facts": facts, "levels": rows})
+            lines.append(f"{n:>4} at once  {name:<10}{speed:>8.1f} tokens/s   {ratios}{budget}")
+    return "\n".join(lines)
+
+
+def _show(results: dict[int, Measured], facts: dict[str, Any], *, file: str | None) -> None:
+    line = json.dumps({"facts": facts, "levels": rows_of(results)})
     print(line)
     if file:
         with open(file, "w", encoding="utf-8") as out:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,24 @@ N_TOKENS = 64
 N_PROMPT = 64
 
 
-def on_vllm(out: Path, *, tiny: bool, left_s: Callable[[], float]) -> dict[str, Any]:
+def on_vllm(*, tiny: bool, left_s: Callable[[], float]) -> dict[str, Any]:
     """Measure the smallest shape, and the next if there is time."""
     if importlib.util.find_spec("vllm") is None:
         return {"left_out": "vLLM is not installed"}
+    with tempfile.TemporaryDirectory() as folder:
+        return _all(Path(folder), tiny=tiny, left_s=left_s)
+
+
+def _all(out: Path, *, tiny: bool, left_s: Callable[[], float]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, config in shapes(tiny=tiny).items():
         if left_s() < 150 and not tiny:
             results[name] = {"left_out": "no time"}
             continue
-        folder = out / "models" / name
+        folder = out / name
         config.architectures = ["Qwen2ForCausalLM" if "Qwen" in name else "LlamaForCausalLM"]
         config.save_pretrained(folder)
         results[name] = _measured(folder, config, tiny=tiny, left_s=left_s)
-        (folder / "config.json").unlink()
     return results
 
 
@@ -82,8 +87,8 @@ def _measured(
 
 def _hotwire_vectors(folder: Path, config: Any, *, most: int) -> None:
     """Write a vector a request where hotwire reads them, and give it a slot for each."""
-    vectors = folder.parent / "vectors"
-    vectors.mkdir(parents=True, exist_ok=True)
+    vectors = folder / "vectors"
+    vectors.mkdir()
     generator = torch.Generator().manual_seed(0)
     for i in range(most):
         row = torch.randn(config.hidden_size, generator=generator)

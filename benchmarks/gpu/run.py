@@ -75,7 +75,7 @@ def main() -> None:
         "correct": lambda: correct(device, tiny=args.tiny),
         "ops": lambda: timed(device, tiny=args.tiny),
         "embedded": lambda: embedded(device, tiny=args.tiny, left_s=left_s),
-        "vllm": lambda: on_vllm(args.out, tiny=args.tiny, left_s=left_s),
+        "vllm": lambda: on_vllm(tiny=args.tiny, left_s=left_s),
     }
     results: dict[str, Any] = {"facts": _facts(device), "is_tiny": args.tiny}
     failed = False
