@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import platform
 import statistics
@@ -35,16 +34,15 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from steered_arms import ArmPlans, prompts
 
-from trimtab.kernels import Classifier
 from trimtab.serving.engines.base import Request
 from trimtab.serving.engines.transformers import runner as runner_module
 from trimtab.serving.engines.transformers.engine import EngineConfig, TransformersEngine
 from trimtab.serving.sampling import SamplingParams
 from trimtab.steering.model.loading import load_model
-from trimtab.steering.plan import Guide, LayerTerm, Plan, Reader, additive_plan, plan_of
+from trimtab.steering.plan import Plan, Reader
 
-N_LABELS = 16
 RATIOS = (
     ("plain", "generate"),
     ("idle", "plain"),
@@ -54,24 +52,6 @@ RATIOS = (
     ("guided", "idle"),
     ("probed", "idle"),
 )
-
-TOPICS = (
-    "a lighthouse", "the tides", "a bakery", "old maps", "a mountain railway", "beekeeping",
-    "a village school", "glass", "rain", "a wooden boat", "clocks", "a market day", "salt",
-    "night trains", "apple trees", "a small museum",
-)  # fmt: skip
-
-
-def prompts(tokenizer: Any, n: int) -> list[tuple[int, ...]]:
-    """Return n different chat prompts as token ids."""
-    rows = []
-    for i in range(n):
-        text = f"Write part {i // len(TOPICS) + 1} of a story about {TOPICS[i % len(TOPICS)]}."
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        rows.append(tuple(ids))
-    return rows
 
 
 class Arms:
@@ -86,17 +66,9 @@ class Arms:
         self.norms = engine.profile.hidden_norms
         self.n_tokens = n_tokens
         self.ids = prompts(engine.loaded.tokenizer, most)
-        generator = torch.Generator().manual_seed(0)
-        width = engine.profile.ref.hidden_size
-        n_layers = len(self.layers)
-        rows = torch.randn(most * 4, width, generator=generator)
-        self.rows = rows / rows.norm(dim=1, keepdim=True)
-        self.layer = n_layers // 2
-        self.different = [self._plan({self.layer: 0.1}, i) for i in range(most)]
-        every = dict.fromkeys(range(n_layers), 0.02)
-        self.heavy = [self._plan(every, i, n_vectors=4, normalize=True) for i in range(most)]
-        self.reader = self._classifier(width, generator)
-        self.guided = [self._guidance(i) for i in range(most)]
+        asked = ArmPlans(self.norms.tolist(), width=engine.profile.ref.hidden_size, most=most)
+        self.rows, self.layer = asked.rows, asked.layer
+        self.different = asked.plans["different"]
         self.arms: dict[str, Callable[[int], float]] = {
             "generate": self.generate,
             "hooked loop": self.hooked_loop,
@@ -104,37 +76,10 @@ class Arms:
             "idle": self.idle,
             "alike": lambda n: self.served([self.different[0]] * n),
             "different": lambda n: self.served(list(self.different[:n])),
-            "heavy": lambda n: self.served(list(self.heavy[:n])),
-            "guided": lambda n: self.served(list(self.guided[:n])),
-            "probed": lambda n: self.served([None] * n, probes=(self.reader,)),
+            "heavy": lambda n: self.served(list(asked.plans["four"][:n])),
+            "guided": lambda n: self.served(list(asked.plans["guided"][:n])),
+            "probed": lambda n: self.served([None] * n, probes=(asked.reader,)),
         }
-
-    def _plan(
-        self, doses: dict[int, float], i: int, *, n_vectors: int = 1, normalize: bool = False
-    ) -> Plan:
-        direction = self.rows[i * 4 : i * 4 + n_vectors].sum(0)
-        return additive_plan(
-            {layer: direction * dose * float(self.norms[layer]) for layer, dose in doses.items()},
-            normalize=normalize,
-        )
-
-    def _classifier(self, width: int, generator: torch.Generator) -> Reader:
-        sizes = [width, 128, 128, N_LABELS]
-        network = Classifier.of(
-            [
-                (torch.randn(m, n, generator=generator) / n**0.5, torch.zeros(m))
-                for n, m in itertools.pairwise(sizes)
-            ],
-            is_exclusive=True,
-        )
-        labels = tuple(f"label-{i}" for i in range(N_LABELS))
-        return Reader("bench", self.layer, network, labels, "bench")
-
-    def _guidance(self, i: int) -> Plan:
-        toward, away = (i % N_LABELS,), ((i + 1 + i // N_LABELS) % N_LABELS,)
-        size = 0.1 * float(self.norms[self.layer]) / 3
-        guide = Guide(self.reader, toward, away, (size,) * 3, loss="softmax")
-        return plan_of({self.layer: LayerTerm(guides=(guide,))})
 
     # --- transformers alone
 
