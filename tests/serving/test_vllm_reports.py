@@ -239,10 +239,11 @@ def test_an_answer_ends_well_only_if_every_worker_says_so() -> None:
 
     engine = VllmEngine("toy")
     engine._llm = Fake(collective_rpc=rpc, reset_prefix_cache=forget)
+    engine._served = served = Fake(n_workers=1)
     request = Request("x", (1,), SamplingParams())
     asyncio.run(engine._ask_all(request))
     assert asked == []
-    engine._n_workers = 2
+    served.n_workers = 2
     asyncio.run(engine._ask_all(request))
     assert asked == [("trimtab_failure_of", ("x",))]
     said[1] = "RuntimeError: out of memory"

@@ -10,7 +10,6 @@ from trimtab.serving.detokenizer import Detokenizer, TokenText
 from trimtab.serving.engines.base import Delta, EngineError, FinishReason, Request, TokenLogprobs
 from trimtab.serving.engines.vllm.reports import Inbox
 from trimtab.serving.engines.vllm.sampling import token_logprobs
-from trimtab.steering.steered_request import Counts, counts_of
 from trimtab.steering.step import SplitPromptError
 from trimtab.steering.thinking import ThinkingMarks, ThinkingSpans
 
@@ -129,27 +128,14 @@ class Answer:
         plan = self._request.plan
         if plan is None:
             return None
-        if not plan.parts:
-            return Counts(0, (), (), {}).receipt(plan)
-        if not self._inbox.is_applied:
+        counts = self._inbox.account(
+            plan,
+            n_prompt=len(self._request.prompt_ids),
+            n_tokens=self._n_run,
+            thinking=self._flags(self._n_run),
+        )
+        if counts is None:
             raise EngineError("The engine gave no account of the steering it was asked for.")
-        n_tokens = self._n_run
-        counts = self._inbox.counts_at(n_tokens)
-        gates = {i: part.gate for i, part in enumerate(plan.parts) if part.gate is not None}
-        if any(not gate.per_prompt for gate in gates.values()):
-            is_told = counts is not None
-        else:
-            # Once decided it holds for every token, so these are counted here.
-            is_told = set(gates) <= set(self._inbox.latched)
-            counts = counts_of(
-                plan,
-                n_prompt=len(self._request.prompt_ids),
-                n_tokens=n_tokens,
-                thinking=self._flags(n_tokens),
-                latched=self._inbox.latched,
-            )
-        if counts is None or not is_told:
-            raise EngineError("The engine gave no account of this request's gates.")
         return counts.receipt(plan)
 
     @property

@@ -19,7 +19,7 @@ from trimtab.serving.engines.vllm.served_model import ServedModel
 from trimtab.serving.receipt import Receipt
 from trimtab.steering.errors import SpecError
 from trimtab.steering.plan import Plan
-from trimtab.steering.steered_request import Counts, counts_of
+from trimtab.steering.steered_request import Counts
 from trimtab.steering.step import SplitPromptError
 from trimtab.steering.thinking import ThinkingSpans
 
@@ -131,8 +131,11 @@ class PlainAnswer:
         **kwargs: Any,
     ) -> Any:
         """Stand in for `RequestState.make_request_output`: the last output has the receipt."""
-        if finish_reason is not None and self._is_vouched_for:
-            delta = Delta(finish_reason=FinishReason.STOP, steering=self._runtime())
+        counts = None if finish_reason is None else self._counts()
+        if counts is not None:
+            delta = Delta(
+                finish_reason=FinishReason.STOP, steering=counts.receipt(self._asked.plan)
+            )
             self._asked.receipt.note(self._state.request_index, delta)
             kv_transfer_params = {
                 **(kv_transfer_params or {}),
@@ -143,16 +146,9 @@ class PlainAnswer:
             **kwargs,
         )  # fmt: skip
 
-    @property
-    def _is_vouched_for(self) -> bool:
-        return self.inbox.failure is None and (self.inbox.is_applied or not self._asked.plan.parts)
-
-    def _runtime(self) -> dict[str, Any]:
-        plan = self._asked.plan
-        if not plan.parts:
-            return Counts(0, (), (), {}).receipt(plan)
-        if self.inbox.counts is not None:
-            return self.inbox.counts.receipt(plan)
+    def _counts(self) -> Counts | None:
+        if self.inbox.failure is not None:
+            return None
         prompt_ids = self._state.prompt_token_ids
         ids = self._state.detokenizer.output_token_ids
         # The last token was chosen but not run.
@@ -163,8 +159,9 @@ class PlainAnswer:
             for token in ids:
                 spans.push(token)
             flags = spans.flags(0, n_tokens)
-        counts = counts_of(plan, n_prompt=len(prompt_ids), n_tokens=n_tokens, thinking=flags)
-        return counts.receipt(plan)
+        return self.inbox.account(
+            self._asked.plan, n_prompt=len(prompt_ids), n_tokens=n_tokens, thinking=flags
+        )
 
 
 def process(original: Any, processor: Any, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:

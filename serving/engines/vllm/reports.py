@@ -12,7 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.steering.steered_request import Counts
+import numpy as np
+
+from trimtab.steering.plan import Plan
+from trimtab.steering.steered_request import Counts, counts_of
 
 ATTRIBUTE = "trimtab_reports"
 """Name of the attribute on a model runner's output: request id -> report."""
@@ -54,6 +57,31 @@ class Inbox:
         for n in [n for n in self.counts if n < n_tokens]:
             del self.counts[n]
         return self.counts.get(n_tokens)
+
+    def account(
+        self, plan: Plan, *, n_prompt: int, n_tokens: int, thinking: np.ndarray | None = None
+    ) -> Counts | None:
+        """Return what was steered among the first `n_tokens`, None if no worker vouches for it.
+
+        Args:
+            plan: the request's.
+            n_prompt: length of its prompt in tokens.
+            n_tokens: tokens run.
+            thinking: whether each lies in a thinking span, `[n_tokens]`, bool; None means no.
+        """
+        if not plan.parts:
+            return Counts(0, (), (), {})
+        gates = {i: part.gate for i, part in enumerate(plan.parts) if part.gate is not None}
+        if not self.is_applied:
+            return None
+        if any(not gate.per_prompt for gate in gates.values()):
+            return self.counts_at(n_tokens)
+        # Once decided a gate holds for every token, so these are counted here.
+        if not set(gates) <= set(self.latched):
+            return None
+        return counts_of(
+            plan, n_prompt=n_prompt, n_tokens=n_tokens, thinking=thinking, latched=self.latched
+        )
 
 
 INBOXES: dict[str, Inbox] = {}
