@@ -132,12 +132,14 @@ class PlainAnswer:
     ) -> Any:
         """Stand in for `RequestState.make_request_output`: the last output has the receipt."""
         if finish_reason is not None and self._is_vouched_for:
-            delta = Delta(finish_reason=FinishReason.STOP, steering=self._runtime())
-            self._asked.receipt.note(self._state.request_index, delta)
-            kv_transfer_params = {
-                **(kv_transfer_params or {}),
-                RECEIPT: self._asked.receipt.body(),
-            }
+            runtime = self._runtime()
+            if runtime is None and finish_reason.name != "ABORT":
+                finish_reason = type(finish_reason).ERROR  # no account of its gates
+            elif runtime is not None:
+                delta = Delta(finish_reason=FinishReason.STOP, steering=runtime)
+                self._asked.receipt.note(self._state.request_index, delta)
+                body = self._asked.receipt.body()
+                kv_transfer_params = {**(kv_transfer_params or {}), RECEIPT: body}
         return self._make_output(
             new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params, *args,
             **kwargs,
@@ -147,23 +149,34 @@ class PlainAnswer:
     def _is_vouched_for(self) -> bool:
         return self.inbox.failure is None and (self.inbox.is_applied or not self._asked.plan.parts)
 
-    def _runtime(self) -> dict[str, Any]:
-        plan = self._asked.plan
+    def _runtime(self) -> dict[str, Any] | None:
+        """Return what came of the steering; None if a gate's account is missing."""
+        plan, inbox = self._asked.plan, self.inbox
         if not plan.parts:
             return Counts(0, (), (), {}).receipt(plan)
-        if self.inbox.counts is not None:
-            return self.inbox.counts.receipt(plan)
         prompt_ids = self._state.prompt_token_ids
         ids = self._state.detokenizer.output_token_ids
         # The last token was chosen but not run.
         n_tokens = len(prompt_ids) + max(len(ids) - 1, 0)
+        gates = {i: part.gate for i, part in enumerate(plan.parts) if part.gate is not None}
+        if any(not gate.per_prompt for gate in gates.values()):
+            told = inbox.counts_at(n_tokens)
+            return None if told is None else told.receipt(plan)
+        if not set(gates) <= set(inbox.latched):
+            return None
         flags = None
         if self._asked.served.marks is not None:
             spans = ThinkingSpans(self._asked.served.marks, prompt_ids)
             for token in ids:
                 spans.push(token)
             flags = spans.flags(0, n_tokens)
-        counts = counts_of(plan, n_prompt=len(prompt_ids), n_tokens=n_tokens, thinking=flags)
+        counts = counts_of(
+            plan,
+            n_prompt=len(prompt_ids),
+            n_tokens=n_tokens,
+            thinking=flags,
+            latched=inbox.latched,
+        )
         return counts.receipt(plan)
 
 
