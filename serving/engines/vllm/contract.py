@@ -56,11 +56,15 @@ HOOKS: tuple[Hook, ...] = (
     Hook(V1_RUNNER, "GPUModelRunner._dummy_run", ("num_tokens",)),
     Hook(V1_RUNNER, "GPUModelRunner.execute_model", ("scheduler_output", "intermediate_tensors")),
     Hook(V1_RUNNER, "GPUModelRunner.sample_tokens", ("grammar_output",)),
-    Hook(V1_RUNNER, "GPUModelRunner", named=("use_async_scheduling", "input_batch")),
+    Hook(
+        V1_RUNNER,
+        "GPUModelRunner",
+        named=("use_async_scheduling", "input_batch", "device", "discard_request_mask"),
+    ),
     Hook(
         "v1/worker/gpu_input_batch.py",
         "InputBatch",
-        named=("req_ids", "num_reqs", "num_computed_tokens_cpu", "token_ids_cpu"),
+        named=("req_ids", "num_reqs", "num_computed_tokens_cpu", "token_ids_cpu", "generators"),
     ),
     # The second runner. After the scheduler's output 0.26 takes one argument more, 0.32 three.
     Hook(V2_RUNNER, "GPUModelRunner.prepare_inputs", ("scheduler_output",)),

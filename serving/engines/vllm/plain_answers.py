@@ -132,6 +132,8 @@ class PlainAnswer:
     ) -> Any:
         """Stand in for `RequestState.make_request_output`: the last output has the receipt."""
         counts = None if finish_reason is None else self._counts()
+        if finish_reason is not None and counts is None and finish_reason.name != "ABORT":
+            finish_reason = type(finish_reason).ERROR  # nobody vouches for all of it
         if counts is not None:
             delta = Delta(
                 finish_reason=FinishReason.STOP, steering=counts.receipt(self._asked.plan)

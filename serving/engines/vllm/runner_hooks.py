@@ -7,6 +7,7 @@ its inputs are prepared (the batch is final), its tokens are sampled (it is over
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -114,7 +115,8 @@ def _watch_samples(runner: Any, steering: WorkerSteering) -> None:
     original = runner.sample_tokens
 
     def sample_tokens(*args: Any, **kwargs: Any) -> Any:
-        output = original(*args, **kwargs)
+        with _spared_generators(runner):
+            output = original(*args, **kwargs)
         if steering.is_idle:
             return output
         if not hasattr(output, "get_output"):
@@ -127,6 +129,26 @@ def _watch_samples(runner: Any, steering: WorkerSteering) -> None:
         return output
 
     runner.sample_tokens = sample_tokens
+
+
+@contextmanager
+def _spared_generators(runner: Any) -> Iterator[None]:
+    """Keep the generators of prompts that are not whole yet out of sampling, on a CPU.
+
+    vLLM draws a token for them, throws it away and turns the generator back, which torch's CPU
+    generators cannot do: one seeded request with a long prompt would end the engine.
+    """
+    batch = getattr(runner, "input_batch", None)
+    generators = getattr(batch, "generators", None)
+    if not generators or runner.device.type != "cpu":
+        yield
+        return
+    unfinished = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+    spared = {i: generators.pop(i) for i in unfinished if i in generators}
+    try:
+        yield
+    finally:
+        generators.update(spared)
 
 
 def _n_sampled(output: Any) -> dict[str, int]:
