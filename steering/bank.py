@@ -127,11 +127,11 @@ class Bank:
 
     def acquire(self, plan: Plan) -> Lease | None:
         """Hold a plan's parts, or return None (and change nothing) while there is no room."""
-        new = [part for part in plan.parts if part.digest not in self._slot_of]
+        new = {part.digest: part for part in plan.parts if part.digest not in self._slot_of}
         free = Needs(
             len(self._free_slots), len(self._free_rows), len(self._free_low), self.goals.n_free
         )
-        if not Needs.of(new).within(free):
+        if not Needs.of(list(new.values())).within(free):
             return None
         slots = []
         for part in plan.parts:

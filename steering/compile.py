@@ -248,6 +248,6 @@ class _Builder:
                 raise DoseError(
                     f"{param} {value:g} brings the relative dose |change| / |h| at layer {layer} "
                     f"to {dose:.2f}; this server allows {limit:.2f}. Lower it, or start the "
-                    "server with a higher --max-dose.",
+                    "server with a higher --max-dose (vLLM's own: TRIMTAB_MAX_DOSE).",
                     param=param,
                 )

@@ -52,6 +52,7 @@ def test_named_files_exist():
         "ARCHITECTURE.md",
         "docs/attribution.md",
         "docs/classifiers.md",
+        "docs/scaling.md",
         "docs/steering.md",
         "docs/vectors.md",
     ):

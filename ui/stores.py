@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimtab.steering.model.paths import data_home
+from trimtab.steering.model.paths import data_home, model_id
 
 if TYPE_CHECKING:
     from trimtab.steering.spec import AblateTerm, SteeringSpec, VectorTerm
     from trimtab.steering.store import Store
 
-
-def model_id(model: str) -> str:
-    """Return the name a model is served under: a folder's own name, else what was given."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
+__all__ = ["all_stores", "check_names", "model_id", "store_of"]
 
 
 def store_of(model: str) -> Store:

@@ -26,6 +26,12 @@ def cache_home() -> Path:
     return _home("TRIMTAB_CACHE", "XDG_CACHE_HOME", Path(".cache"))
 
 
+def model_id(model: str) -> str:
+    """Return the name a model is served under: a folder's own name, else what was given."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
 def _home(own: str, xdg: str, fallback: Path) -> Path:
     named = os.environ.get(own)
     if named:

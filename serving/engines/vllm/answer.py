@@ -10,7 +10,6 @@ from trimtab.serving.detokenizer import Detokenizer, TokenText
 from trimtab.serving.engines.base import Delta, EngineError, FinishReason, Request, TokenLogprobs
 from trimtab.serving.engines.vllm.reports import Inbox
 from trimtab.serving.engines.vllm.sampling import token_logprobs
-from trimtab.steering.steered_request import Counts, counts_of
 from trimtab.steering.step import SplitPromptError
 from trimtab.steering.thinking import ThinkingMarks, ThinkingSpans
 
@@ -67,6 +66,7 @@ class Answer:
             return Delta(finish_reason=FinishReason.LENGTH, steering=self._receipt(), **more)
         ids = list(found.token_ids)
         text, reason, stop_reason, kept = self._read(ids, found)
+        self._inbox.counts_at(self._n_run)  # forgets those before
         ids = ids[:kept]
         if self._request.sampling.logprobs is not None and ids:
             more["logprobs"] = self._logprobs(ids, found.logprobs)
@@ -128,17 +128,20 @@ class Answer:
         plan = self._request.plan
         if plan is None:
             return None
-        if not plan.parts:
-            return Counts(0, (), (), {}).receipt(plan)
-        if not self._inbox.is_applied:
+        counts = self._inbox.account(
+            plan,
+            n_prompt=len(self._request.prompt_ids),
+            n_tokens=self._n_run,
+            thinking=self._flags(self._n_run),
+        )
+        if counts is None:
             raise EngineError("The engine gave no account of the steering it was asked for.")
-        if self._inbox.counts is not None:
-            return self._inbox.counts.receipt(plan)
-        n_prompt = len(self._request.prompt_ids)
-        # The last token was chosen but not run.
-        n_tokens = n_prompt + max(self._n_generated - 1, 0)
-        flags = self._flags(n_tokens)
-        return counts_of(plan, n_prompt=n_prompt, n_tokens=n_tokens, thinking=flags).receipt(plan)
+        return counts.receipt(plan)
+
+    @property
+    def _n_run(self) -> int:
+        """Tokens that were run; the last one was chosen but not run."""
+        return len(self._request.prompt_ids) + max(self._n_generated - 1, 0)
 
     def _flags(self, n_tokens: int) -> np.ndarray | None:
         return None if self._spans is None else self._spans.flags(0, n_tokens)

@@ -44,6 +44,9 @@ ENGINE_OUTPUT = "v1/engine/__init__.py"
 OUTPUT_PROCESSOR = "v1/engine/output_processor.py"
 COMPILATION = "config/compilation.py"
 ASYNC_LLM = "v1/engine/async_llm.py"
+CHAT = "entrypoints/openai/chat_completion/protocol.py"
+COMPLETION = "entrypoints/openai/completion/protocol.py"
+ENDPOINT_PLUGIN = "plugins/endpoint_plugins/interface.py"
 
 HOOKS: tuple[Hook, ...] = (
     # The worker: where layers are armed. The CPU's and XPU's workers inherit it.
@@ -137,6 +140,50 @@ HOOKS: tuple[Hook, ...] = (
         "SamplingParams",
         named=("extra_args", "skip_reading_prefix_cache", "detokenize"),
     ),
+    # vLLM's own server: how a request gets in, how its answer is followed and ended.
+    Hook(
+        OUTPUT_PROCESSOR,
+        "OutputProcessor.add_request",
+        ("request", "prompt", "parent_req", "request_index", "queue"),
+    ),
+    Hook(OUTPUT_PROCESSOR, "OutputProcessor.abort_requests", ("request_ids", "internal")),
+    Hook(OUTPUT_PROCESSOR, "OutputProcessorOutput", named=("reqs_to_abort",)),
+    Hook(
+        OUTPUT_PROCESSOR,
+        "RequestState",
+        named=("parent_req", "request_index", "prompt_token_ids", "detokenizer", "queue"),
+    ),
+    Hook(
+        OUTPUT_PROCESSOR,
+        "RequestState.make_request_output",
+        ("new_token_ids", "pooling_output", "finish_reason", "stop_reason", "kv_transfer_params"),
+    ),
+    Hook(OUTPUT_PROCESSOR, "RequestOutputCollector.put", ("output",)),
+    Hook("v1/engine/detokenizer.py", "IncrementalDetokenizer", named=("output_token_ids",)),
+    Hook("v1/engine/parallel_sampling.py", "ParentRequest", named=("request_id",)),
+    Hook(
+        ENGINE_OUTPUT,
+        "EngineCoreRequest",
+        named=("request_id", "prompt_token_ids", "prompt_embeds", "sampling_params"),
+    ),
+    Hook("v1/engine/llm_engine.py", "LLMEngine.add_request", ("request_id", "prompt", "params")),
+    Hook("config/model.py", "ModelConfig", named=("model", "served_model_name", "max_model_len")),
+    Hook("exceptions.py", "VLLMValidationError.__init__", ("message",), named=("parameter",)),
+    # Where its routes read their bodies, and where the receipt goes.
+    Hook(CHAT, "ChatCompletionRequest", named=("vllm_xargs",)),
+    Hook(CHAT, "ChatCompletionRequest.to_sampling_params"),
+    Hook(CHAT, "ChatCompletionRequest.to_beam_search_params"),
+    Hook(CHAT, "ChatCompletionResponse", named=("kv_transfer_params",)),
+    Hook(COMPLETION, "CompletionRequest", named=("vllm_xargs",)),
+    Hook(COMPLETION, "CompletionRequest.to_sampling_params"),
+    Hook(COMPLETION, "CompletionRequest.to_beam_search_params"),
+    Hook(COMPLETION, "CompletionResponse", named=("kv_transfer_params",)),
+    Hook("entrypoints/openai/responses/protocol.py", "ResponsesRequest", named=("vllm_xargs",)),
+    Hook("entrypoints/openai/responses/protocol.py", "ResponsesRequest.to_sampling_params"),
+    Hook("entrypoints/anthropic/protocol.py", "AnthropicMessagesRequest"),
+    Hook(ENDPOINT_PLUGIN, "EndpointPlugin", named=("name", "required_tasks")),
+    Hook(ENDPOINT_PLUGIN, "EndpointPlugin.attach_router", ("app",)),
+    Hook(ENDPOINT_PLUGIN, "EndpointPlugin.init_state", ("engine_client", "state", "args")),
     # The configuration, and the way in for our own op.
     Hook("config/vllm.py", "VllmConfig", named=("additional_config",)),
     Hook("config/vllm.py", "VllmConfig.__post_init__"),

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import statistics
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from trimtab.serving.detokenizer import TokenText
 from trimtab.serving.engines.base import (
@@ -26,26 +23,18 @@ from trimtab.serving.engines.base import (
 )
 from trimtab.serving.engines.delta_stream import DeltaStream
 from trimtab.serving.engines.vllm.answer import Answer, SplitPromptFailure
-from trimtab.serving.engines.vllm.plan_wire import (
-    KEY,
-    packed_network,
-    packed_request,
-    readers_of,
-)
+from trimtab.serving.engines.vllm.networks import Networks
+from trimtab.serving.engines.vllm.plan_wire import KEY, packed_request, readers_of
 from trimtab.serving.engines.vllm.reports import INBOXES, Inbox, steps_seen
 from trimtab.serving.engines.vllm.sampling import vllm_params
-from trimtab.serving.engines.vllm.support import Support
-from trimtab.steering.bank_room import BankRoom, Needs, check_fits
+from trimtab.serving.engines.vllm.served_model import ServedModel, measured
+from trimtab.steering.bank_room import BankRoom, check_fits
 from trimtab.steering.errors import ModelLoadError
 from trimtab.steering.model.loading import located
-from trimtab.steering.model.profile import ref_without_weights, sample_ids
-from trimtab.steering.plan import Plan, Reader
-from trimtab.steering.thinking import ThinkingMarks
+from trimtab.steering.plan import Plan
 
 logger = logging.getLogger(__name__)
 
-# Networks we know the workers to have; they keep twice as many (`worker_steering.KEPT_NETWORKS`).
-_TAUGHT = 128
 # Tries of a request whose gate needs its prompt whole, while the scheduler splits it.
 _TRIES = 100
 
@@ -74,25 +63,23 @@ class VllmEngine:
     def __init__(self, model: str, *, config: VllmConfig | None = None) -> None:
         self._model = model
         self.config = config or VllmConfig()
-        self._info: EngineInfo | None = None
         self._llm: Any = None
-        self._marks: ThinkingMarks | None = None
+        self._served: ServedModel | None = None
+        self._networks: Networks | None = None
         self._text: TokenText | None = None
-        self._support: Support | None = None
         self._room: BankRoom | None = None
         self._max_running = 0
         self._live: dict[str, asyncio.Task[None]] = {}
         self._in_line: deque[tuple[Plan, asyncio.Future[None]]] = deque()
-        self._taught: OrderedDict[str, asyncio.Task[None]] = OrderedDict()
 
     # --- contract
 
     @property
     def info(self) -> EngineInfo:
         """Facts about the model; valid once `start` has returned."""
-        if self._info is None:
+        if self._served is None:
             raise EngineError("The engine is still loading.")
-        return self._info
+        return self._served.info
 
     @property
     def model_access(self) -> ModelAccess | None:
@@ -117,31 +104,11 @@ class VllmEngine:
     async def _start(self) -> None:
         name, source, reason = located(self._model)
         self._llm = await asyncio.to_thread(_launched, source, dict(self.config.options))
-        llm_config = self._llm.vllm_config
-        facts = await self._llm.collective_rpc("trimtab_facts")
-        _check_layers(facts)
-        one = facts[0]
-        self._room = BankRoom(
-            Needs(one["max_slots"], one["max_rows"], one["max_low_rank"], one["max_guides"])
-        )
-        self._support = Support.of(llm_config, facts)
-        self._max_running = int(llm_config.scheduler_config.max_num_seqs)
-        tokenizer = self._llm.get_tokenizer()
-        self._marks = ThinkingMarks.of(tokenizer)
-        self._text = TokenText(tokenizer)
-        max_context = int(llm_config.model_config.max_model_len)
-        vocab_size = int(llm_config.model_config.get_vocab_size())
-        ids = sample_ids(tokenizer, vocab_size=vocab_size, max_context=max_context - 1)
-        norms = await self._measured(ids, n_layers=one["n_layers"])
-        ref = await asyncio.to_thread(ref_without_weights, source, model_id=name)
-        self._info = EngineInfo(
-            model=ref,
-            tokenizer=tokenizer,
-            hidden_norms=norms,
-            max_context=max_context,
-            has_thinking=self._marks is not None,
-            choices={"model": reason, **self._support.sentences},
-        )
+        self._networks = Networks(self._llm)
+        self._served = await measured(self._llm, name=name, source=source, reason=reason)
+        self._room = BankRoom(self._served.size)
+        self._max_running = int(self._llm.vllm_config.scheduler_config.max_num_seqs)
+        self._text = TokenText(self._served.info.tokenizer)
 
     def check(self, request: Request) -> None:
         """Refuse a request that could never run.
@@ -158,10 +125,10 @@ class VllmEngine:
                 param="max_tokens" if n < most else "messages",
             )
         assert self._room is not None
-        assert self._support is not None
+        assert self._served is not None
         if request.plan is not None:
             check_fits(request.plan, self._room.size)
-        self._support.check(request)
+        self._served.support.check(request)
 
     def generate(self, *requests: Request) -> list[AsyncIterator[Delta]]:
         """Queue requests together, all or none.
@@ -170,7 +137,7 @@ class VllmEngine:
             OverloadedError: the queue has no room for all of them.
             EngineError: the engine is not running.
         """
-        if self._info is None or self._llm is None or self._llm.errored:
+        if self._served is None or self._llm is None or self._llm.errored:
             raise EngineError("The engine is not running.")
         room = self.config.max_queue + self._max_running
         load = len(self._live)
@@ -242,15 +209,17 @@ class VllmEngine:
                 await asyncio.sleep(0.05)
 
     async def _try(self, request: Request, plan: Plan | None, stream: DeltaStream) -> None:
+        assert self._served is not None
+        assert self._networks is not None
+        assert self._text is not None
         extra = None
         if plan is not None or request.probes:
-            await self._teach(readers_of(plan, request.probes))
-            marks = self._marks if plan is not None and tells_thinking(plan) else None
-            pair = None if marks is None else (marks.open, marks.close)
-            extra = {KEY: packed_request(plan, request.probes, marks=pair)}
-        assert self._text is not None
+            await self._networks.teach(readers_of(plan, request.probes))
+            marks = self._served.marks_for(plan)
+            extra = {KEY: packed_request(plan, request.probes, marks=marks)}
         inbox = INBOXES[request.id] = Inbox()
-        answer = Answer(request, inbox, self.info.tokenizer, marks=self._marks, text=self._text)
+        served = self._served
+        answer = Answer(request, inbox, served.info.tokenizer, marks=served.marks, text=self._text)
         prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_ids)}
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
@@ -263,6 +232,8 @@ class VllmEngine:
             async for output in outputs:
                 delta = answer.delta(output)
                 if delta is not None:
+                    if delta.finish_reason is not None and extra is not None:
+                        await self._ask_all(request)
                     stream.put(delta)
                     if delta.finish_reason is not None:
                         return
@@ -272,6 +243,23 @@ class VllmEngine:
                 await outputs.aclose()
             INBOXES.pop(request.id, None)
         raise EngineError("vLLM ended a sequence without saying why.")
+
+    async def _ask_all(self, request: Request) -> None:
+        """Let an answer end well only if every worker steered it.
+
+        Reports ride on the output of one worker; of several, the others are asked.
+
+        Raises:
+            EngineError: a worker gave up on the request.
+        """
+        assert self._served is not None
+        if self._served.n_workers == 1:
+            return
+        for why in await self._llm.collective_rpc("trimtab_failure_of", args=(request.id,)):
+            if why is not None:
+                # Its blocks are in the prefix cache as steered ones, and need not be.
+                await self._llm.reset_prefix_cache()
+                raise EngineError(f"The engine failed on this request: {why}")
 
     # --- places in the workers' banks
 
@@ -309,67 +297,6 @@ class VllmEngine:
             self._in_line.popleft()
             turn.set_result(None)
 
-    # --- what the workers must know beforehand
-
-    async def _teach(self, readers: Mapping[str, Reader]) -> None:
-        """Put networks on the workers that are not there yet."""
-        for digest, reader in readers.items():
-            task = self._taught.get(digest)
-            if task is None or (task.done() and (task.cancelled() or task.exception())):
-                task = asyncio.create_task(self._send(digest, reader))
-                self._taught[digest] = task
-            self._taught.move_to_end(digest)
-            await asyncio.shield(task)
-        while len(self._taught) > _TAUGHT:
-            self._taught.popitem(last=False)
-
-    async def _send(self, digest: str, reader: Reader) -> None:
-        packed = packed_network(reader.classifier)
-        await self._llm.collective_rpc("trimtab_learn", args=(digest, packed))
-
-    async def _measured(self, ids: Sequence[int], *, n_layers: int) -> torch.Tensor:
-        """Run a text through the model and return the median |h| of each layer, `[n_layers]`.
-
-        It goes the way of every steered request, so it also proves that all layers are armed.
-        """
-        from vllm import SamplingParams
-
-        extra = {KEY: packed_request(None, measures=True)}
-        params = SamplingParams(max_tokens=1, detokenize=False, extra_args=extra)
-        params.skip_reading_prefix_cache = True
-        name = "trimtab-profile"
-        INBOXES[name] = Inbox()
-        try:
-            async for _ in self._llm.generate({"prompt_token_ids": list(ids)}, params, name):
-                pass
-            inbox = INBOXES[name]
-        finally:
-            INBOXES.pop(name, None)
-        if inbox.failure or not inbox.is_applied:
-            raise ModelLoadError(
-                f"Steering does not reach this model on vLLM: {inbox.failure or 'no report came'}."
-            )
-        return await self._norms(len(ids), n_layers=n_layers)
-
-    async def _norms(self, n_tokens: int, *, n_layers: int) -> torch.Tensor:
-        by_layer: dict[int, list[float]] = {}
-        for _ in range(50):  # a request is let go of at the next step
-            for rank in await self._llm.collective_rpc("trimtab_take_norms"):
-                by_layer.update({layer: values for _, layer, values in rank})
-            if len(by_layer) == n_layers:
-                break
-            await asyncio.sleep(0.05)
-        short = [n for n in range(n_layers) if len(by_layer.get(n, ())) < n_tokens]
-        if short:
-            raise ModelLoadError(f"Steering does not reach layers {short} of this model on vLLM.")
-        medians = [statistics.median_low(by_layer[n][1:n_tokens]) for n in range(n_layers)]
-        return torch.tensor(medians, dtype=torch.float32).clamp_min(1e-6)
-
-
-def tells_thinking(plan: Plan) -> bool:
-    """Return whether a plan treats thinking spans unlike the rest of the answer."""
-    return any(part.window.thinking != part.window.generation for part in plan.parts)
-
 
 def _launched(source: str, options: dict[str, Any]) -> Any:
     try:
@@ -392,10 +319,3 @@ def _launched(source: str, options: dict[str, Any]) -> Any:
 
     options.setdefault("enable_log_requests", False)
     return Engine.from_engine_args(AsyncEngineArgs(model=source, **options))
-
-
-def _check_layers(facts: Sequence[Mapping[str, Any]]) -> None:
-    armed = {layer for rank in facts for layer in rank["layers"]}
-    missing = sorted(set(range(facts[0]["n_layers"])) - armed)
-    if missing:
-        raise ModelLoadError(f"Layers {missing} of this model were not found on any vLLM worker.")

@@ -24,6 +24,9 @@ KEY = "trimtab"
 ASKED = "steering"
 """Where a client of plain vLLM puts it, as `vllm_xargs`; it must be compiled before the engine."""
 
+PRESET = "steering_preset"
+"""Where such a client names a preset, whose terms come before those of `ASKED`."""
+
 _NETWORK = ("w_in", "b_in", "gram", "w_mid", "b_mid", "w_out", "b_out")
 
 NetworkOf = Callable[[str], Classifier]
@@ -47,13 +50,17 @@ class Carried:
     measures: bool = False
 
 
+class PackedRequest(dict[str, Any]):
+    """What `packed_request` made in this process; what a client sends is a plain dict."""
+
+
 def packed_request(
     plan: Plan | None,
     probes: tuple[Reader, ...] = (),
     *,
     marks: tuple[int, int] | None = None,
     measures: bool = False,
-) -> dict[str, Any]:
+) -> PackedRequest:
     """Return what a request's `extra_args[KEY]` must be.
 
     Args:
@@ -62,7 +69,7 @@ def packed_request(
         marks: token ids that open and close a thinking span, if the plan tells them apart.
         measures: report the |h| of each layer instead of steering.
     """
-    carried: dict[str, Any] = {"probes": [_reader(probe) for probe in probes]}
+    carried = PackedRequest(probes=[_reader(probe) for probe in probes])
     if marks is not None:
         carried["marks"] = list(marks)
     if measures:
@@ -155,7 +162,6 @@ def _read_tensor(value: Any) -> torch.Tensor:
 def _part(part: Part) -> dict[str, Any]:
     window, gate = part.window, part.gate
     return {
-        "digest": part.digest,
         "window": [window.prompt, window.generation, window.thinking, window.first, window.after],
         "gate": None if gate is None else _gate(gate),
         "layers": {str(layer): _term(term) for layer, term in part.layers.items()},
@@ -163,12 +169,12 @@ def _part(part: Part) -> dict[str, Any]:
 
 
 def _read_part(packed: Mapping[str, Any], network_of: NetworkOf) -> Part:
+    # Its digest is computed anew: in the bank, parts with the same one share a slot.
     gate = packed["gate"]
-    return Part(
-        window=Window(*packed["window"]),
-        gate=None if gate is None else _read_gate(gate, network_of),
-        layers={int(n): _read_term(term, network_of) for n, term in packed["layers"].items()},
-        digest=packed["digest"],
+    return Part.of(
+        Window(*packed["window"]),
+        None if gate is None else _read_gate(gate, network_of),
+        {int(n): _read_term(term, network_of) for n, term in packed["layers"].items()},
     )
 
 

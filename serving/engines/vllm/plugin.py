@@ -11,7 +11,10 @@ names what is relied on, and a version in which something is missing is refused 
     generate_block_hash_extra_keys    the key of answer blocks
     Scheduler.update_from_output      reports go on, failed requests end
     OutputProcessor.process_outputs   reports are lifted off
+    OutputProcessor.add_request       steered answers of vLLM's server are followed
     AsyncLLM.add_request              `vllm_xargs.steering` is compiled (`plain_vllm.py`)
+    LLMEngine.add_request             and refused where nothing could compile it
+    ChatCompletionRequest and others  as is what vLLM would ignore (`unheard.py`)
 
 TRIMTAB_VLLM=off leaves vLLM as it is, but for refusing requests that ask for steering.
 """
@@ -42,7 +45,7 @@ def register() -> None:
         return
     from trimtab.serving.engines.vllm.plain_vllm import guard_requests
 
-    is_on = os.environ.get(SWITCH, "on").lower() not in ("off", "0", "false")
+    is_on = is_switched_on()
     if is_on:
         try:
             _install()
@@ -53,6 +56,11 @@ def register() -> None:
             ) from error
     guard_requests(is_on=is_on)
     _is_registered = True
+
+
+def is_switched_on() -> bool:
+    """Return whether this process may steer."""
+    return os.environ.get(SWITCH, "on").lower() not in ("off", "0", "false")
 
 
 def _vllm_version() -> str:
@@ -68,6 +76,7 @@ def _install() -> None:
     from vllm.v1.request import Request
     from vllm.v1.worker.gpu_worker import Worker
 
+    from trimtab.serving.engines.vllm import plain_answers
     from trimtab.serving.engines.vllm.reports import Pending, lift_off
     from trimtab.serving.engines.vllm.vllm_config import fit_config
     from trimtab.serving.engines.vllm.worker_rpc import WORKER_METHODS, load_and_arm
@@ -87,9 +96,10 @@ def _install() -> None:
 
     def process(original: Any, processor: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         lift_off(processor, outputs)
-        return original(processor, outputs, *args, **kwargs)
+        return plain_answers.process(original, processor, outputs, *args, **kwargs)
 
     _wrap(OutputProcessor, "process_outputs", process)
+    _wrap(OutputProcessor, "add_request", plain_answers.follow)
 
 
 def _wrap(owner: Any, name: str, wrapper: Any) -> None:

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.steering.steered_request import Counts
+import numpy as np
+
+from trimtab.steering.plan import Plan
+from trimtab.steering.steered_request import Counts, counts_of
 
 ATTRIBUTE = "trimtab_reports"
 """Name of the attribute on a model runner's output: request id -> report."""
@@ -27,13 +30,15 @@ class Inbox:
 
     Attributes:
         is_applied: whether a worker has said that the steering ran.
-        counts: of a gated plan, up to the last token; None for any other.
+        counts: of a gated plan, by how many of its sequence's tokens have been run.
+        latched: decision of each per-prompt gate, by part index.
         probes: what the probes read, one entry a token that has not been collected.
         failure: why a worker gave up on it.
     """
 
     is_applied: bool = False
-    counts: Counts | None = None
+    counts: dict[int, Counts] = field(default_factory=dict)
+    latched: dict[int, float] = field(default_factory=dict)
     probes: list[list[list[float]]] = field(default_factory=list)
     failure: str | None = None
 
@@ -41,14 +46,49 @@ class Inbox:
         """Add a report."""
         self.is_applied |= bool(report.get("applied"))
         self.failure = report.get("failed", self.failure)
-        if "counts" in report:
-            self.counts = Counts.unpacked(report["counts"])
+        for n_tokens, packed in report.get("counts", ()):
+            counts = self.counts[n_tokens] = Counts.unpacked(packed)
+            self.latched.update(counts.latched)
         if "probes" in report:
             self.probes.append(report["probes"])
+
+    def counts_at(self, n_tokens: int) -> Counts | None:
+        """Return the counts after `n_tokens` tokens and forget earlier ones."""
+        for n in [n for n in self.counts if n < n_tokens]:
+            del self.counts[n]
+        return self.counts.get(n_tokens)
+
+    def account(
+        self, plan: Plan, *, n_prompt: int, n_tokens: int, thinking: np.ndarray | None = None
+    ) -> Counts | None:
+        """Return what was steered among the first `n_tokens`, None if no worker vouches for it.
+
+        Args:
+            plan: the request's.
+            n_prompt: length of its prompt in tokens.
+            n_tokens: tokens run.
+            thinking: whether each lies in a thinking span, `[n_tokens]`, bool; None means no.
+        """
+        if not plan.parts:
+            return Counts(0, (), (), {})
+        gates = {i: part.gate for i, part in enumerate(plan.parts) if part.gate is not None}
+        if not self.is_applied:
+            return None
+        if any(not gate.per_prompt for gate in gates.values()):
+            return self.counts_at(n_tokens)
+        # Once decided a gate holds for every token, so these are counted here.
+        if not set(gates) <= set(self.latched):
+            return None
+        return counts_of(
+            plan, n_prompt=n_prompt, n_tokens=n_tokens, thinking=thinking, latched=self.latched
+        )
 
 
 INBOXES: dict[str, Inbox] = {}
 """Inboxes of this process's running requests, by the id their sender gave them."""
+
+INBOX = "trimtab_inbox"
+"""Attribute of vLLM's own record of a request that has its inbox there (`plain_answers.py`)."""
 
 
 class Pending:
@@ -90,8 +130,20 @@ def _end_failed(scheduler: Any, failed: dict[str, str]) -> list[Any]:
         return []
     from vllm.v1.request import RequestStatus
 
+    for name in failed:
+        _forget_blocks(scheduler, name)
     ended: list[Any] = scheduler.finish_requests(set(failed), RequestStatus.FINISHED_ERROR)
     return ended
+
+
+def _forget_blocks(scheduler: Any, name: str) -> None:
+    """Take a failed request's blocks out of the prefix cache.
+
+    They are known there as steered and may not be: whoever asks for the same again would read them.
+    """
+    if name in scheduler.requests:
+        cache = scheduler.kv_cache_manager
+        cache.evict_blocks({block for group in cache.get_block_ids(name) for block in group})
 
 
 def _say_ended(outputs: Any, ended: list[Any], failed: dict[str, str]) -> None:
@@ -133,6 +185,8 @@ def lift_off(processor: Any, outputs: list[Any]) -> None:
             continue
         one.kv_transfer_params = one.kv_transfer_params or None
         state = processor.request_states.get(one.request_id)
-        inbox = INBOXES.get(state.external_req_id) if state is not None else None
+        if state is None:
+            continue
+        inbox = getattr(state, INBOX, None) or INBOXES.get(state.external_req_id)
         if inbox is not None:
             inbox.take(report)

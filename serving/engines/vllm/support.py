@@ -68,7 +68,7 @@ class Support:
         if request.probes:
             self._check_probes()
         if request.plan is not None and request.plan.parts:
-            self._check_plan(request.plan, n_prompt=len(request.prompt_ids))
+            self.check_plan(request.plan, n_prompt=len(request.prompt_ids))
 
     def _check_probes(self) -> None:
         if self.n_drafts:
@@ -82,25 +82,35 @@ class Support:
                 param="probes",
             )
 
-    def _check_plan(self, plan: Plan, *, n_prompt: int) -> None:
+    def check_plan(self, plan: Plan, *, n_prompt: int, path: str = "steering") -> None:
+        """Refuse steering that cannot be done right, with the reason.
+
+        Args:
+            plan: the request's.
+            n_prompt: length of its prompt in tokens.
+            path: JSON path of the steering in the request.
+
+        Raises:
+            SpecError: with the field at fault.
+        """
         gates = [part.gate for part in plan.parts if part.gate is not None]
         if gates and self.n_stages > 1:
             raise SpecError(
-                "steering.when cannot be used with pipeline parallelism: a gate read in one stage "
+                f"{path}.when cannot be used with pipeline parallelism: a gate read in one stage "
                 "would have to open in another.",
-                param="steering.when",
+                param=f"{path}.when",
             )
         if any(not gate.per_prompt for gate in gates) and self.n_drafts and not self.knows_tokens:
             raise SpecError(
-                "steering.when cannot be counted with speculative decoding and asynchronous "
+                f"{path}.when cannot be counted with speculative decoding and asynchronous "
                 "scheduling together; serve with --no-async-scheduling.",
-                param="steering.when",
+                param=f"{path}.when",
             )
         if plan.needs_whole_prompt and n_prompt > self.max_pass:
             raise SpecError(
                 f"A gate that reads the whole prompt needs its {n_prompt} tokens in one pass, "
                 f"which holds {self.max_pass}; serve with a larger --max-num-batched-tokens.",
-                param="steering.when",
+                param=f"{path}.when",
             )
         windows = [part.window for part in plan.parts]
         if any(w.thinking != w.generation for w in windows) and (
@@ -109,12 +119,12 @@ class Support:
             raise SpecError(
                 "apply.thinking needs vLLM to know a step's tokens when it plans it; serve with "
                 "--no-async-scheduling, without speculative decoding, on the first model runner.",
-                param="steering.vectors",
+                param=f"{path}.vectors",
             )
         is_counting = any(w.first is not None or w.after for w in windows)
         if is_counting and self.n_drafts and not self.knows_tokens:
             raise SpecError(
                 "apply.first and apply.after cannot be counted with speculative decoding and "
                 "asynchronous scheduling together; serve with --no-async-scheduling.",
-                param="steering.vectors",
+                param=f"{path}.vectors",
             )

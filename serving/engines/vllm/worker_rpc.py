@@ -54,10 +54,20 @@ def _learn(worker: Any, digest: str, network: dict[str, Any]) -> None:
     worker._trimtab.learn(digest, network)
 
 
-def _take_norms(worker: Any) -> list[list[Any]]:
-    """Return [request id, layer, |h| of each token] of every measuring request that has ended."""
-    norms = worker._trimtab.take_norms()
+def _take_norms(worker: Any, name: str = "") -> list[list[Any]]:
+    """Return [request id, layer, |h| of each token] of a measuring request, once it has ended.
+
+    Args:
+        name: what its sender called it; vLLM's id begins with it.
+    """
+    norms = worker._trimtab.take_norms(name)
     return [[name, n, values] for name, by_layer in norms.items() for n, values in by_layer.items()]
+
+
+def _failure_of(worker: Any, name: str) -> str | None:
+    """Say why this worker gave up on a request. Only one rank's reports ride with its tokens."""
+    found: str | None = worker._trimtab.failure_of(name)
+    return found
 
 
 def _stats(worker: Any) -> dict[str, int]:
@@ -68,5 +78,6 @@ WORKER_METHODS = {
     "trimtab_facts": _facts,
     "trimtab_learn": _learn,
     "trimtab_take_norms": _take_norms,
+    "trimtab_failure_of": _failure_of,
     "trimtab_stats": _stats,
 }

@@ -24,7 +24,7 @@ from trimtab.serving.engines.vllm.plan_wire import (
 )
 from trimtab.steering.bank import Bank
 from trimtab.steering.plan import MAX_PARTS
-from trimtab.steering.steered_request import SteeredRequest
+from trimtab.steering.steered_request import Counts, SteeredRequest
 from trimtab.steering.step import Shift, Span, SteerStep, Watch
 from trimtab.steering.step_planner import StepPlanner
 from trimtab.steering.thinking import ThinkingMarks, ThinkingSpans
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Classifiers' networks a worker keeps beyond those that running requests hold, last used first out.
 KEPT_NETWORKS = 256
+# Failures a worker remembers of requests that have ended.
+_KEPT_FAILURES = 1024
 
 Tokens = Sequence[int]
 
@@ -69,7 +71,8 @@ class _Live:
 
     @property
     def has_to_tell(self) -> bool:
-        return not self.is_told or self.has_gate or self.watch is not None
+        is_read = self.watch is not None or self.carried.measures
+        return is_read or self.has_gate or not self.is_told
 
 
 class WorkerSteering:
@@ -94,6 +97,7 @@ class WorkerSteering:
     ) -> None:
         self.layers = frozenset(layers)
         self.n_layers = n_layers
+        self.hidden_size = hidden_size
         self.bank = Bank(
             n_layers=n_layers,
             hidden_size=hidden_size,
@@ -107,6 +111,7 @@ class WorkerSteering:
         self.n_preempted = 0
         self._live: dict[str, _Live] = {}
         self._failed: dict[str, str] = {}
+        self._past_failures: OrderedDict[str, str] = OrderedDict()
         self._rows: Sequence[BatchRow] = ()
         self._talking: list[tuple[BatchRow, _Live]] = []
         self._measures = False
@@ -124,6 +129,7 @@ class WorkerSteering:
             if carried is None:
                 raise ValueError("its steering came to the engine uncompiled")
             read = unpacked_request(carried, self._network)
+            self._check(read)
             parts = () if read.plan is None else read.plan.parts
             has_gate = any(part.gate is not None for part in parts)
             live = _Live(read, len(prompt_ids), has_gate)
@@ -137,6 +143,26 @@ class WorkerSteering:
             self._fail(request_id, error)
             return
         self._live[request_id] = live
+
+    def _check(self, read: Carried) -> None:
+        """Refuse what the bank would fail on halfway, or what no pass would ever reach."""
+        readers = list(read.probes)
+        layers: set[int] = set()
+        widths: set[int] = set()
+        for part in read.plan.parts if read.plan is not None else ():
+            layers.update(part.layers)
+            if part.gate is not None:
+                readers.append(part.gate.reader)
+            for term in part.layers.values():
+                readers += [guide.reader for guide in term.guides]
+                tensors = (term.add, term.low_a, term.low_b)
+                widths.update(t.shape[-1] for t in tensors if t is not None)
+        layers.update(reader.layer for reader in readers)
+        widths.update(reader.classifier.w_in.shape[1] for reader in readers)
+        if not layers <= set(range(self.n_layers)):
+            raise ValueError(f"layers {sorted(layers)} in a model of {self.n_layers}")
+        if not widths <= {self.hidden_size}:
+            raise ValueError(f"tensors {sorted(widths)} wide in a model of {self.hidden_size}")
 
     def forget(self, request_id: str) -> None:
         """Let a finished request go."""
@@ -175,7 +201,10 @@ class WorkerSteering:
 
     def _fail(self, request_id: str, error: Exception) -> None:
         logger.warning("request %s cannot be steered", request_id, exc_info=error)
-        self._failed[request_id] = f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {error}"
+        self._failed[request_id] = self._past_failures[request_id] = why
+        while len(self._past_failures) > _KEPT_FAILURES:
+            self._past_failures.popitem(last=False)
 
     # --- one forward pass
 
@@ -304,39 +333,51 @@ class WorkerSteering:
         """Close a forward pass and return what there is to tell of its requests, by id.
 
         Args:
-            sampled: how many tokens each request got, to tell accepted drafts from rejected ones.
+            sampled: how many tokens each request got, to tell accepted drafts from rejected ones;
+                None if the host does not know yet.
 
         A report holds some of: `applied` (once, its steering has run in every layer it names),
-        `failed` (why it must end), `counts` (of a gated plan, so far), `probes` (of the last
-        token).
+        `failed` (why it must end), `counts` (of a gated plan: after each sampled token, since the
+        request may end at any of them), `probes` (of the last token).
         """
         reports: dict[str, dict[str, Any]] = {}
-        step = self.step
-        if step is not None:
-            missed = self._wanted - self._visited
-            if missed:
-                self._fail_step(RuntimeError(f"the pass missed the layers {sorted(missed)}"))
-            else:
-                step.finish()
+        if self.step is not None:
+            try:
+                self._finish(self.step)
                 for row, live in self._talking:
-                    reports[row.id] = self._report(row, live, (sampled or {}).get(row.id, 1))
+                    reports[row.id] = self._report(
+                        row, live, None if sampled is None else sampled.get(row.id, 1)
+                    )
+            except Exception as error:
+                self._fail_step(error)
         for name, why in self._failed.items():
             reports[name] = {"failed": why}
         self.step = None
         self._rows = ()
         return reports
 
-    def _report(self, row: BatchRow, live: _Live, n_sampled: int) -> dict[str, Any]:
+    def _finish(self, step: SteerStep) -> None:
+        missed = self._wanted - self._visited
+        if missed:
+            raise RuntimeError(f"the pass missed the layers {sorted(missed)}")
+        step.finish()
+
+    def _report(self, row: BatchRow, live: _Live, n_sampled: int | None) -> dict[str, Any]:
         report: dict[str, Any] = {} if live.is_told else {"applied": True}
         live.is_told = True
         if live.has_gate and live.request is not None:
-            n_rejected = max(0, row.n_drafts + 1 - n_sampled) if row.n_drafts else 0
-            n_tokens = row.start + row.n_tokens - n_rejected
-            flags = None if live.thinking is None else live.thinking.flags(0, n_tokens)
-            report["counts"] = live.request.count(n_tokens, flags).packed()
+            first = row.start + row.n_tokens - row.n_drafts
+            n_more = row.n_drafts if n_sampled is None else min(max(n_sampled - 1, 0), row.n_drafts)
+            ends = range(first, first + 1 + n_more)
+            report["counts"] = [[n, self._counts(live, n).packed()] for n in ends]
         if live.watch is not None:
             report["probes"] = [list(values) for values in live.watch.latest]
         return report
+
+    def _counts(self, live: _Live, n_tokens: int) -> Counts:
+        assert live.request is not None
+        flags = None if live.thinking is None else live.thinking.flags(0, n_tokens)
+        return live.request.count(n_tokens, flags)
 
     # --- what the app may ask, beside requests
 
@@ -351,10 +392,25 @@ class WorkerSteering:
         self._networks.move_to_end(digest)
         return self._networks[digest]
 
-    def take_norms(self) -> dict[str, dict[int, list[float]]]:
-        """Return and forget what measuring requests saw: id -> layer -> |h| of each token."""
-        measured, self._measured = self._measured, {}
-        return measured
+    def take_norms(self, name: str = "") -> dict[str, dict[int, list[float]]]:
+        """Return and forget what measuring requests saw: id -> layer -> |h| of each token.
+
+        Args:
+            name: what their ids begin with.
+        """
+        mine = [request_id for request_id in self._measured if request_id.startswith(name)]
+        return {request_id: self._measured.pop(request_id) for request_id in mine}
+
+    def failure_of(self, name: str) -> str | None:
+        """Return why this worker gave up on a request, ended or not; None if it did not.
+
+        Args:
+            name: what the app calls it; vLLM adds something of its own to that.
+        """
+        for one, why in self._past_failures.items():
+            if name in (one, one.rpartition("-")[0]):
+                return why
+        return None
 
     def stats(self) -> dict[str, int]:
         """Return what is held, and how many steps were steered and requests preempted."""
