@@ -331,6 +331,7 @@ class ThroughEngine:
             self._do(self._engine.stop())
         if self._llm is not None:
             self._llm.shutdown()
+            self._llm = None
 
 
 def _cpu_s() -> float:
