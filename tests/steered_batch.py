@@ -6,7 +6,7 @@ tokens that vLLM chose; logits are compared, so that no near tie can turn a test
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,16 +127,18 @@ class SteeredBatch:
         llm: Any,
         plans: Mapping[str, Plan | None],
         *,
-        max_tokens: int = 20,
+        max_tokens: int = 16,
         adapters: Mapping[str, Any] | None = None,
+        texts: Sequence[str] = TEXTS,
     ) -> dict[str, Answered]:
-        """Run plans in one batch, each after one of `TEXTS`.
+        """Run plans in one batch, each after one of the texts in turn.
 
         Args:
             llm: a `vllm.LLM` whose engine core is in this process.
             plans: of each request, by name.
             max_tokens: of each answer.
             adapters: vLLM's `LoRARequest` of those that have one.
+            texts: the prompts.
         """
         engine = llm.llm_engine
         for plan in plans.values():
@@ -145,7 +147,7 @@ class SteeredBatch:
                 llm.collective_rpc("trimtab_learn", args=(digest, packed))
         answers: dict[str, Answered] = {}
         for i, (name, plan) in enumerate(plans.items()):
-            ids = self.tokenizer(TEXTS[i % len(TEXTS)])["input_ids"]
+            ids = self.tokenizer(texts[i % len(texts)])["input_ids"]
             answers[name] = Answered(ids)
             INBOXES[name] = answers[name].inbox
             engine.add_request(
@@ -234,5 +236,5 @@ def _take(answer: Answered, output: Any) -> None:
     made = output.outputs[0]
     answer.tokens += made.token_ids
     answer.most_at_once = max(answer.most_at_once, len(made.token_ids))
-    answer.logits += [{token: p.logprob for token, p in one.items()} for one in made.logprobs]
+    answer.logits += [{token: p.logprob for token, p in one.items()} for one in made.logprobs or ()]
     answer.reason = made.finish_reason or answer.reason

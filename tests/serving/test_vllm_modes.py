@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from steered_batch import GATES, PLAIN, SHOWS, WHOLE, WINDOWS, SteeredBatch, distance
+from steered_batch import GATES, PLAIN, SHOWS, TEXTS, WHOLE, WINDOWS, SteeredBatch, distance
 
 from trimtab.serving.engines.base import Request
 from trimtab.serving.engines.vllm.plan_wire import readers_of
@@ -51,6 +51,7 @@ MODES: dict[str, dict[str, Any]] = {
         # On a CPU vLLM gives a request without an adapter the last place's, if another in the batch
         # has one (index -1 in lora/ops/torch_ops): one place is left empty.
         "max_loras": 2,
+        "block_size": 32,
         "enforce_eager": True,
     },
     "stages": {
@@ -190,6 +191,24 @@ def test_guessed_tokens_are_steered_like_others(llm: Any, batch: SteeredBatch) -
 
 
 @with_mode("drafts")
+def test_a_failed_request_leaves_nothing_in_the_prefix_cache(llm: Any, batch: SteeredBatch) -> None:
+    """Blocks that were to be steered and were not, served to the one who tries again."""
+
+    def crash(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    plans = batch.plans({"again": WHOLE["guided"]})
+    texts = [TEXTS[1] * 4]  # two blocks and some
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkerSteering, "_steer_stream", crash)
+        failed = batch.run(llm, plans, texts=texts)["again"]
+    assert "out of memory" in str(failed.inbox.failure)
+    assert (failed.tokens, failed.reason) == ([], "error")
+    for _ in range(2):  # the second time from the cache
+        batch.check(batch.run(llm, plans, max_tokens=3, texts=texts), plans)
+
+
+@with_mode("drafts")
 def test_with_drafts_a_probe_is_refused_by_name(llm: Any, batch: SteeredBatch) -> None:
     """One reading for several tokens, or a thinking span found after its tokens were steered."""
     can = support(llm)
@@ -259,7 +278,7 @@ def test_an_adapter_is_steered_like_the_model_it_makes(
     adapters = {
         name: LoRARequest("random", 1, str(tmp_path)) for name in plans if name.endswith("adapted")
     }
-    answers = batch.run(llm, plans, max_tokens=12, adapters=adapters)
+    answers = batch.run(llm, plans, max_tokens=8, adapters=adapters)
     adapted = {name: answer for name, answer in answers.items() if name in adapters}
     batch.check({name: one for name, one in answers.items() if name not in adapters}, plans)
     for name, answer in adapted.items():

@@ -43,6 +43,7 @@ PASS_OUTPUT = "v1/outputs.py"
 ENGINE_OUTPUT = "v1/engine/__init__.py"
 OUTPUT_PROCESSOR = "v1/engine/output_processor.py"
 COMPILATION = "config/compilation.py"
+KV_CACHE = "v1/core/kv_cache_manager.py"
 ASYNC_LLM = "v1/engine/async_llm.py"
 CHAT = "entrypoints/openai/chat_completion/protocol.py"
 COMPLETION = "entrypoints/openai/completion/protocol.py"
@@ -97,7 +98,9 @@ HOOKS: tuple[Hook, ...] = (
     Hook(SCHEDULED, "NewRequestData", named=("req_id", "prompt_token_ids", "sampling_params")),
     Hook(SCHEDULER, "Scheduler.update_from_output", ("scheduler_output", "model_runner_output")),
     Hook(SCHEDULER, "Scheduler.finish_requests", ("request_ids", "finished_status")),
-    Hook(SCHEDULER, "Scheduler", named=("requests",)),
+    Hook(SCHEDULER, "Scheduler", named=("requests", "kv_cache_manager")),
+    Hook(KV_CACHE, "KVCacheManager.get_block_ids", ("request_id",)),
+    Hook(KV_CACHE, "KVCacheManager.evict_blocks", ("block_ids",)),
     Hook(REQUEST, "RequestStatus", named=("FINISHED_ERROR",)),
     Hook(REQUEST, "Request", named=("request_id", "client_index", "get_finished_reason")),
     # The prefix cache: a steered request shares no block with others.
@@ -122,6 +125,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(ASYNC_LLM, "AsyncLLM.add_request", ("request_id", "prompt", "params")),
     Hook(ASYNC_LLM, "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
     Hook(ASYNC_LLM, "AsyncLLM.abort", ("request_id",)),
+    Hook(ASYNC_LLM, "AsyncLLM.reset_prefix_cache"),
     Hook(ASYNC_LLM, "AsyncLLM.collective_rpc", ("method", "timeout", "args", "kwargs")),
     Hook(ASYNC_LLM, "AsyncLLM", named=("vllm_config", "errored", "get_tokenizer", "shutdown")),
     Hook(
