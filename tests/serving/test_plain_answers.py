@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import AsyncIterator
 from http import HTTPStatus
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -268,10 +269,59 @@ def test_other_requests_are_not_touched() -> None:
 
 
 class Llm:
-    """Like `AsyncLLM`: says what reached it."""
+    """Like `AsyncLLM` with two workers: says what reached it."""
+
+    failures: dict[str, str]
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str
+    ) -> AsyncIterator[Any]:
+        yield SimpleNamespace(finished=False)
+        yield SimpleNamespace(finished=True)
+
+    async def collective_rpc(self, method: str, args: tuple[str, ...]) -> list[str | None]:
+        assert method == "trimtab_failure_of"
+        return [None, self.failures.get(args[0])]
+
+    async def reset_prefix_cache(self) -> None:
+        self.failures["the cache"] = "reset"
 
     async def add_request(self, request_id: str, prompt: Any, params: Any) -> Any:
         return params.extra_args
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_an_answer_ends_well_only_if_every_worker_says_so(
+    monkeypatch: pytest.MonkeyPatch, asks: bool
+) -> None:
+    """A rank that could not steer, behind one that could: 200 with half the steering."""
+
+    class Guarded(Llm):
+        pass
+
+    async def served() -> Any:
+        return SimpleNamespace(n_workers=2)
+
+    monkeypatch.setattr(
+        "trimtab.serving.engines.vllm.plain_steering.steering_of",
+        lambda llm: SimpleNamespace(served=served),
+    )
+    plain_vllm._guard_server(Guarded, is_on=True)
+    llm = Guarded.__new__(Guarded)
+    params = SimpleNamespace(extra_args={ASKED: "kind"} if asks else None)
+
+    async def ends() -> list[bool]:
+        return [one.finished async for one in llm.generate("Hi", params, request_id="r")]
+
+    llm.failures = {}
+    assert asyncio.run(ends()) == [False, True]
+    llm.failures = {"r": "RuntimeError: out of memory"}
+    if not asks:
+        assert asyncio.run(ends()) == [False, True]
+        return
+    with pytest.raises(Exception, match="out of memory"):
+        asyncio.run(ends())
+    assert llm.failures["the cache"] == "reset"
 
 
 def through_guard(extra: Any, *, is_on: bool = True, prompt: Any = "Hi") -> Any:

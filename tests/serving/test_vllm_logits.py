@@ -378,6 +378,17 @@ def test_a_broken_request_ends_alone(cramped: Bench, monkeypatch: pytest.MonkeyP
         assert cramped.apart(request, deltas) < BOUND
 
 
+def test_seeds_hold_also_where_a_prompt_is_split(cramped: Bench) -> None:
+    """vLLM turns a generator back that has none of that on a CPU, and ends with every request."""
+    drawn = replace(GREEDY, temperature=1.0, seed=7, max_tokens=12)
+    request = Request("seeded", cramped.prompt(QUESTIONS[1]), drawn, cramped.plan("1.5 kind"))
+    assert len(request.prompt_ids) > 64  # more than one pass holds
+    (alone,) = cramped.ask(request)
+    crowd = [replace(request, id=f"seeded {i}") for i in range(3)]
+    for deltas in cramped.ask(*mixed_batch(cramped).values(), *crowd)[-3:]:
+        assert [d.token_ids for d in deltas] == [d.token_ids for d in alone]
+
+
 def test_leaving_early_frees_everything(cramped: Bench) -> None:
     """A client that hangs up in mid-stream and keeps its slots."""
 

@@ -25,7 +25,7 @@ from trimtab.serving.engines.delta_stream import DeltaStream
 from trimtab.serving.engines.vllm.answer import Answer, SplitPromptFailure
 from trimtab.serving.engines.vllm.networks import Networks
 from trimtab.serving.engines.vllm.plan_wire import KEY, packed_request, readers_of
-from trimtab.serving.engines.vllm.reports import INBOXES, Inbox, steps_seen
+from trimtab.serving.engines.vllm.reports import INBOXES, Inbox, failure_on_any, steps_seen
 from trimtab.serving.engines.vllm.sampling import vllm_params
 from trimtab.serving.engines.vllm.served_model import ServedModel, measured
 from trimtab.steering.bank_room import BankRoom, check_fits
@@ -247,19 +247,13 @@ class VllmEngine:
     async def _ask_all(self, request: Request) -> None:
         """Let an answer end well only if every worker steered it.
 
-        Reports ride on the output of one worker; of several, the others are asked.
-
         Raises:
             EngineError: a worker gave up on the request.
         """
         assert self._served is not None
-        if self._served.n_workers == 1:
-            return
-        for why in await self._llm.collective_rpc("trimtab_failure_of", args=(request.id,)):
-            if why is not None:
-                # Its blocks are in the prefix cache as steered ones, and need not be.
-                await self._llm.reset_prefix_cache()
-                raise EngineError(f"The engine failed on this request: {why}")
+        why = await failure_on_any(self._llm, request.id, n_workers=self._served.n_workers)
+        if why is not None:
+            raise EngineError(f"The engine failed on this request: {why}")
 
     # --- places in the workers' banks
 

@@ -7,10 +7,12 @@ lost on the way to it is refused in `unheard.py`.
 from __future__ import annotations
 
 import functools
+from collections.abc import AsyncIterator
 from copy import copy
 from typing import Any
 
 from trimtab.serving.engines.vllm.plan_wire import ASKED, KEY, PRESET, PackedRequest
+from trimtab.serving.engines.vllm.reports import failure_on_any
 from trimtab.serving.engines.vllm.unheard import asks, guard_bodies, refusal
 from trimtab.steering.errors import SpecError, TrimtabError
 
@@ -29,7 +31,7 @@ def guard_requests(*, is_on: bool) -> None:
 
 
 def _guard_server(owner: Any, *, is_on: bool) -> None:
-    original, make = owner.add_request, owner.__init__
+    original, make, answers = owner.add_request, owner.__init__, owner.generate
 
     @functools.wraps(original)
     async def add_request(
@@ -68,8 +70,35 @@ def _guard_server(owner: Any, *, is_on: bool) -> None:
         make(llm, *args, **kwargs)
         guard_bodies()
 
+    @functools.wraps(answers)
+    def generate(llm: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = answers(llm, prompt, *args, **kwargs)
+        given = dict(zip(("sampling_params", "request_id"), args, strict=False)) | kwargs
+        extra = getattr(given["sampling_params"], "extra_args", None)
+        if not extra or not {ASKED, PRESET} & set(extra):
+            return outputs  # or what only the guard above may see
+        return _vouched(llm, outputs, given["request_id"])
+
+    owner.generate = generate
     owner.add_request = add_request
     owner.__init__ = init
+
+
+async def _vouched(llm: Any, outputs: Any, request_id: str) -> AsyncIterator[Any]:
+    """Let a steered answer's last output go only if no worker gave up on it."""
+    from trimtab.serving.engines.vllm.plain_answers import server_error
+    from trimtab.serving.engines.vllm.plain_steering import steering_of
+
+    try:
+        async for output in outputs:
+            if output.finished:
+                served = await steering_of(llm).served()
+                why = await failure_on_any(llm, request_id, n_workers=served.n_workers)
+                if why is not None:
+                    raise server_error(f"The steering of this request failed: {why}.")
+            yield output
+    finally:
+        await outputs.aclose()  # which aborts it, if it has not ended
 
 
 async def _added(

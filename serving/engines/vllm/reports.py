@@ -190,3 +190,23 @@ def lift_off(processor: Any, outputs: list[Any]) -> None:
         inbox = getattr(state, INBOX, None) or INBOXES.get(state.external_req_id)
         if inbox is not None:
             inbox.take(report)
+
+
+async def failure_on_any(llm: Any, request_id: str, *, n_workers: int) -> str | None:
+    """Return why any worker gave up on a request, None if none did.
+
+    Reports ride on the output of one worker; of several, the others have to be asked.
+
+    Args:
+        llm: a running `AsyncLLM`.
+        request_id: the id it was given.
+        n_workers: how many workers it has.
+    """
+    if n_workers == 1:
+        return None
+    for why in await llm.collective_rpc("trimtab_failure_of", args=(request_id,)):
+        if why is not None:
+            # Its blocks are in the prefix cache as steered ones, and need not be.
+            await llm.reset_prefix_cache()
+            return str(why)
+    return None

@@ -138,7 +138,7 @@ def _spared_generators(runner: Any) -> Iterator[None]:
     vLLM draws a token for them, throws it away and turns the generator back, which torch's CPU
     generators cannot do: one seeded request with a long prompt would end the engine.
     """
-    batch = getattr(runner, "input_batch", None)
+    batch: Any = getattr(runner, "input_batch", None)
     generators = getattr(batch, "generators", None)
     if not generators or runner.device.type != "cpu":
         yield

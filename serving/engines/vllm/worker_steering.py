@@ -405,10 +405,12 @@ class WorkerSteering:
         """Return why this worker gave up on a request, ended or not; None if it did not.
 
         Args:
-            name: what the app calls it; vLLM adds something of its own to that.
+            name: what the app calls it; vLLM adds something to its end, and a choice's number
+                to its beginning.
         """
         for one, why in self._past_failures.items():
-            if name in (one, one.rpartition("-")[0]):
+            own = one.rpartition("-")[0]
+            if name in (one, own, own.partition("_")[2]):
                 return why
         return None
 
