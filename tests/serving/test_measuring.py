@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from trimtab.serving.engines.vllm.live_request import BatchRow
 from trimtab.serving.engines.vllm.plan_wire import KEY, packed_request
-from trimtab.serving.engines.vllm.worker_steering import BatchRow, WorkerSteering
+from trimtab.serving.engines.vllm.worker_steering import WorkerSteering
 
 WIDTH, LAYERS = 8, 2
 

@@ -10,8 +10,9 @@ from torch import nn
 from toy_plans import N_LAYERS, WIDTH, arrived, compiled, drawn
 
 from trimtab.serving.engines.vllm import armed_layers
+from trimtab.serving.engines.vllm.live_request import BatchRow
 from trimtab.serving.engines.vllm.plan_wire import KEY, packed_request
-from trimtab.serving.engines.vllm.worker_steering import BatchRow, WorkerSteering
+from trimtab.serving.engines.vllm.worker_steering import WorkerSteering
 from trimtab.steering.errors import ModelLoadError
 
 

@@ -18,10 +18,11 @@ from trimtab.serving.detokenizer import TokenText
 from trimtab.serving.engines.base import Delta, EngineError, Request
 from trimtab.serving.engines.vllm.answer import Answer
 from trimtab.serving.engines.vllm.engine import VllmEngine
+from trimtab.serving.engines.vllm.live_request import BatchRow
 from trimtab.serving.engines.vllm.plan_wire import KEY, packed_request
 from trimtab.serving.engines.vllm.reports import ATTRIBUTE, FIELD, INBOXES, Inbox, Pending, lift_off
 from trimtab.serving.engines.vllm.runner_hooks import hook_runner
-from trimtab.serving.engines.vllm.worker_steering import BatchRow, WorkerSteering
+from trimtab.serving.engines.vllm.worker_steering import WorkerSteering
 from trimtab.serving.sampling import SamplingParams
 from trimtab.steering.steered_request import Counts
 

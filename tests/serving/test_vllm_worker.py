@@ -11,8 +11,9 @@ from toy_classifier import toy_classifier
 from toy_plans import MODEL, N_LAYERS, PLANS, SPECS, WIDTH, arrived, compiled, drawn, probed
 
 from trimtab.serving.engines.vllm import worker_steering
+from trimtab.serving.engines.vllm.live_request import BatchRow
 from trimtab.serving.engines.vllm.plan_wire import KEY, packed_network, packed_request, readers_of
-from trimtab.serving.engines.vllm.worker_steering import BatchRow, WorkerSteering
+from trimtab.serving.engines.vllm.worker_steering import WorkerSteering
 from trimtab.steering.bank import Bank
 from trimtab.steering.plan import Plan, Reader
 from trimtab.steering.steered_request import Counts, SteeredRequest

@@ -98,7 +98,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(SCHEDULED, "NewRequestData", named=("req_id", "prompt_token_ids", "sampling_params")),
     Hook(SCHEDULER, "Scheduler.update_from_output", ("scheduler_output", "model_runner_output")),
     Hook(SCHEDULER, "Scheduler.finish_requests", ("request_ids", "finished_status")),
-    Hook(SCHEDULER, "Scheduler", named=("requests", "kv_cache_manager")),
+    Hook(SCHEDULER, "Scheduler", named=("requests", "kv_cache_manager", "connector")),
     Hook(KV_CACHE, "KVCacheManager.get_block_ids", ("request_id",)),
     Hook(KV_CACHE, "KVCacheManager.evict_blocks", ("block_ids",)),
     Hook(REQUEST, "RequestStatus", named=("FINISHED_ERROR",)),

@@ -9,6 +9,7 @@ names what is relied on, and a version in which something is missing is refused 
     VllmConfig.__post_init__          the compile cache's key, graph splits, refused options
     Request.__init__                  the prefix cache's salt
     generate_block_hash_extra_keys    the key of answer blocks
+    Scheduler.__init__                whether blocks are shared outside vLLM
     Scheduler.update_from_output      reports go on, failed requests end
     OutputProcessor.process_outputs   reports are lifted off
     OutputProcessor.add_request       steered answers of vLLM's server are followed
@@ -81,6 +82,17 @@ def _install() -> None:
     from trimtab.serving.engines.vllm.vllm_config import fit_config
     from trimtab.serving.engines.vllm.worker_rpc import WORKER_METHODS, load_and_arm
 
+    # Looked up before the first is changed: a version is fitted whole or not at all.
+    for owner, names in (
+        (Worker, ("load_model",)),
+        (VllmConfig, ("__post_init__",)),
+        (Request, ("__init__",)),
+        (Scheduler, ("__init__", "update_from_output", "finish_requests")),
+        (OutputProcessor, ("process_outputs", "add_request", "abort_requests")),
+    ):
+        for name in names:
+            getattr(owner, name)
+
     _wrap(Worker, "load_model", load_and_arm)
     for name, method in WORKER_METHODS.items():
         setattr(Worker, name, method)
@@ -93,6 +105,7 @@ def _install() -> None:
         return pending.update(scheduler, scheduled, output, original)
 
     _wrap(Scheduler, "update_from_output", update)
+    _wrap(Scheduler, "__init__", _with_connector)
 
     def process(original: Any, processor: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         lift_off(processor, outputs)
@@ -127,7 +140,13 @@ def _with_salt(original: Any, request: Any, *args: Any, **kwargs: Any) -> None:
     original(request, *args, **kwargs)
 
 
-_shares_outside = False
+_shares_outside = False  # whether blocks leave for a store that does not know their extra keys
+
+
+def _with_connector(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    global _shares_outside
+    original(scheduler, *args, **kwargs)
+    _shares_outside = scheduler.connector is not None
 
 
 def _wrap_block_keys() -> None:

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
+from trimtab.serving.engines.vllm.live_request import BatchRow
 from trimtab.serving.engines.vllm.plan_wire import ASKED, KEY
 from trimtab.serving.engines.vllm.reports import ATTRIBUTE
-from trimtab.serving.engines.vllm.worker_steering import BatchRow, WorkerSteering
+from trimtab.serving.engines.vllm.worker_steering import WorkerSteering
 
 
 def hook_runner(runner: Any, steering: WorkerSteering) -> None:

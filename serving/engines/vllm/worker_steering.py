@@ -10,24 +10,18 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from trimtab.kernels import Classifier, shift
-from trimtab.serving.engines.vllm.plan_wire import (
-    KEY,
-    Carried,
-    unpacked_network,
-    unpacked_request,
-)
+from trimtab.serving.engines.vllm.live_request import BatchRow, LiveRequest, Tokens, check_shapes
+from trimtab.serving.engines.vllm.plan_wire import KEY, unpacked_network, unpacked_request
 from trimtab.steering.bank import Bank
 from trimtab.steering.plan import MAX_PARTS
-from trimtab.steering.steered_request import Counts, SteeredRequest
-from trimtab.steering.step import Shift, Span, SteerStep, Watch
+from trimtab.steering.steered_request import SteeredRequest
+from trimtab.steering.step import Shift, Span, SteerStep
 from trimtab.steering.step_planner import StepPlanner
-from trimtab.steering.thinking import ThinkingMarks, ThinkingSpans
 
 logger = logging.getLogger(__name__)
 
@@ -35,44 +29,6 @@ logger = logging.getLogger(__name__)
 KEPT_NETWORKS = 256
 # Failures a worker remembers of requests that have ended.
 _KEPT_FAILURES = 1024
-
-Tokens = Sequence[int]
-
-
-@dataclass(frozen=True)
-class BatchRow:
-    """One request's tokens in a forward pass.
-
-    Attributes:
-        id: vLLM's id of the request.
-        n_tokens: how many of its tokens are run.
-        start: absolute position of the first.
-        n_drafts: how many of the last are guesses that may be rejected.
-        ids: the sequence so far, for thinking spans; None where the host does not know it.
-    """
-
-    id: str
-    n_tokens: int
-    start: int
-    n_drafts: int = 0
-    ids: Tokens | None = None
-
-
-@dataclass(eq=False)
-class _Live:
-    carried: Carried
-    n_prompt: int
-    has_gate: bool
-    request: SteeredRequest | None = None  # None until it holds slots
-    watch: Watch | None = None
-    thinking: ThinkingSpans | None = None
-    norms: dict[int, list[float]] = field(default_factory=dict)
-    is_told: bool = False  # whether its first report has gone
-
-    @property
-    def has_to_tell(self) -> bool:
-        is_read = self.watch is not None or self.carried.measures
-        return is_read or self.has_gate or not self.is_told
 
 
 class WorkerSteering:
@@ -109,11 +65,11 @@ class WorkerSteering:
         self._planner = StepPlanner(self.bank)
         self.n_steered_steps = 0
         self.n_preempted = 0
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, LiveRequest] = {}
         self._failed: dict[str, str] = {}
         self._past_failures: OrderedDict[str, str] = OrderedDict()
         self._rows: Sequence[BatchRow] = ()
-        self._talking: list[tuple[BatchRow, _Live]] = []
+        self._talking: list[tuple[BatchRow, LiveRequest]] = []
         self._measures = False
         self._visited: set[int] = set()
         self._wanted: frozenset[int] = frozenset()
@@ -129,40 +85,14 @@ class WorkerSteering:
             if carried is None:
                 raise ValueError("its steering came to the engine uncompiled")
             read = unpacked_request(carried, self._network)
-            self._check(read)
-            parts = () if read.plan is None else read.plan.parts
-            has_gate = any(part.gate is not None for part in parts)
-            live = _Live(read, len(prompt_ids), has_gate)
-            if read.probes:
-                live.watch = Watch(read.probes)
-            if read.marks is not None:
-                live.thinking = ThinkingSpans(ThinkingMarks(*read.marks), prompt_ids)
+            check_shapes(read, n_layers=self.n_layers, hidden_size=self.hidden_size)
+            live = LiveRequest.of(read, prompt_ids)
             for probe in read.probes:
                 self.bank.readers.hold(probe)
         except Exception as error:  # a request's trouble is its own
             self._fail(request_id, error)
             return
         self._live[request_id] = live
-
-    def _check(self, read: Carried) -> None:
-        """Refuse what the bank would fail on halfway, or what no pass would ever reach."""
-        readers = list(read.probes)
-        layers: set[int] = set()
-        widths: set[int] = set()
-        for part in read.plan.parts if read.plan is not None else ():
-            layers.update(part.layers)
-            if part.gate is not None:
-                readers.append(part.gate.reader)
-            for term in part.layers.values():
-                readers += [guide.reader for guide in term.guides]
-                tensors = (term.add, term.low_a, term.low_b)
-                widths.update(t.shape[-1] for t in tensors if t is not None)
-        layers.update(reader.layer for reader in readers)
-        widths.update(reader.classifier.w_in.shape[1] for reader in readers)
-        if not layers <= set(range(self.n_layers)):
-            raise ValueError(f"layers {sorted(layers)} in a model of {self.n_layers}")
-        if not widths <= {self.hidden_size}:
-            raise ValueError(f"tensors {sorted(widths)} wide in a model of {self.hidden_size}")
 
     def forget(self, request_id: str) -> None:
         """Let a finished request go."""
@@ -183,11 +113,11 @@ class WorkerSteering:
             self.n_preempted += 1
             self._yield_slots(live)
 
-    def _yield_slots(self, live: _Live) -> None:
+    def _yield_slots(self, live: LiveRequest) -> None:
         if live.request is not None and self.bank.holds(live.request.lease):
             self.bank.release(live.request.lease)
 
-    def _take_slots(self, live: _Live) -> None:
+    def _take_slots(self, live: LiveRequest) -> None:
         plan = live.carried.plan
         if plan is None or (live.request is not None and self.bank.holds(live.request.lease)):
             return
@@ -247,14 +177,7 @@ class WorkerSteering:
             self._talking.append((row, live))
         try:
             self._take_slots(live)
-            thinking = None
-            if live.thinking is not None:
-                if row.ids is None:
-                    raise RuntimeError("the host does not know the tokens of this pass")
-                for position in range(live.thinking.n_tokens, row.start + row.n_tokens):
-                    live.thinking.push(int(row.ids[position]))
-                thinking = live.thinking.flags(row.start, row.n_tokens)
-            return Span(row.n_tokens, row.start, live.request, thinking, live.watch)
+            return live.span(row)
         except Exception as error:
             self._fail(row.id, error)
             return Span(row.n_tokens, row.start)
@@ -345,9 +268,8 @@ class WorkerSteering:
             try:
                 self._finish(self.step)
                 for row, live in self._talking:
-                    reports[row.id] = self._report(
-                        row, live, None if sampled is None else sampled.get(row.id, 1)
-                    )
+                    n_sampled = None if sampled is None else sampled.get(row.id, 1)
+                    reports[row.id] = live.report(row, n_sampled)
             except Exception as error:
                 self._fail_step(error)
         for name, why in self._failed.items():
@@ -361,23 +283,6 @@ class WorkerSteering:
         if missed:
             raise RuntimeError(f"the pass missed the layers {sorted(missed)}")
         step.finish()
-
-    def _report(self, row: BatchRow, live: _Live, n_sampled: int | None) -> dict[str, Any]:
-        report: dict[str, Any] = {} if live.is_told else {"applied": True}
-        live.is_told = True
-        if live.has_gate and live.request is not None:
-            first = row.start + row.n_tokens - row.n_drafts
-            n_more = row.n_drafts if n_sampled is None else min(max(n_sampled - 1, 0), row.n_drafts)
-            ends = range(first, first + 1 + n_more)
-            report["counts"] = [[n, self._counts(live, n).packed()] for n in ends]
-        if live.watch is not None:
-            report["probes"] = [list(values) for values in live.watch.latest]
-        return report
-
-    def _counts(self, live: _Live, n_tokens: int) -> Counts:
-        assert live.request is not None
-        flags = None if live.thinking is None else live.thinking.flags(0, n_tokens)
-        return live.request.count(n_tokens, flags)
 
     # --- what the app may ask, beside requests
 
