@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Tries of a request whose gate needs its prompt whole, while the scheduler splits it.
 _TRIES = 100
-# Share of the memory that vLLM takes on a CPU. By its own default, made for a GPU of its own, it does
-# not start where anybody else uses a tenth.
+# Share of the memory that vLLM takes on a CPU. By its own default, made for a GPU of its own, it
+# does not start where anybody else uses a tenth.
 _CPU_SHARE = 0.4
 
 
