@@ -39,6 +39,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NEEDS = {
     "gpu": (torch.cuda.is_available, "there is no CUDA device"),
     "vllm": (lambda: importlib.util.find_spec("vllm") is not None, "vLLM is not installed"),
+    "extra": (lambda: "TRIMTAB_EXTRA" in os.environ, "it takes minutes; TRIMTAB_EXTRA=1 runs it"),
     "browser": (lambda: any(map(shutil.which, BROWSERS)), "no Chromium or Chrome is installed"),
 }
 
