@@ -13,6 +13,8 @@ from trimtab.steering.errors import TrimtabError
 
 log = logging.getLogger("trimtab.serving")
 
+DEAD = "The engine has died; the server must be started anew, and its log says why."
+
 
 class NotReadyError(RequestError):
     """The model is not loaded, yet or any more."""
@@ -56,6 +58,8 @@ class Lifecycle:
             if self.error is not None:
                 raise NotReadyError(f"The model could not be loaded: {self.why}", code="failed")
             raise NotReadyError("The model is still loading; try again soon.", code="loading")
+        if not self.engine.is_alive:
+            raise NotReadyError(DEAD, code="failed")
         return self.engine.info
 
     @property

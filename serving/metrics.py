@@ -32,7 +32,7 @@ class EngineGauges(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges; only `trimtab_ready` while the engine loads."""
-        ready = self.lifecycle.is_ready
+        ready = self.lifecycle.is_ready and self.lifecycle.engine.is_alive
         yield GaugeMetricFamily("trimtab_ready", "1 once the model is loaded", value=int(ready))
         if not ready:
             return

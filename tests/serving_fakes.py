@@ -106,6 +106,7 @@ class FakeEngine:
     cancelled: list[str] = field(default_factory=list)
     seen: list[Request] = field(default_factory=list)
     is_stopped: bool = False
+    is_alive: bool = True
 
     def __post_init__(self) -> None:
         self.may_start.set()

@@ -201,6 +201,11 @@ class Engine(Protocol):
         """The model in this process; None for an engine that has it elsewhere."""
         ...
 
+    @property
+    def is_alive(self) -> bool:
+        """False once it has died and can answer nothing until the server is started anew."""
+        ...
+
     def stats(self) -> EngineStats:
         """Return the load now."""
         ...

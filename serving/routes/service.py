@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 
+from trimtab.serving.lifecycle import DEAD
 from trimtab.serving.state import Server
 
 router = APIRouter(tags=["service"])
@@ -21,6 +22,8 @@ async def health(server: Server) -> Response:
         return JSONResponse({"status": "failed", "error": life.why}, status_code=503)
     if not life.is_ready:
         return JSONResponse({"status": "loading"}, status_code=503, headers={"retry-after": "2"})
+    if not life.engine.is_alive:
+        return JSONResponse({"status": "failed", "error": DEAD}, status_code=503)
     stats = life.engine.stats()
     return JSONResponse(
         {

@@ -55,6 +55,18 @@ def test_an_unexpected_failed_start_hides_its_insides(serve):
     assert "secret" not in served.http.get("/health").text
 
 
+def test_a_dead_engine_is_not_healthy(serve):
+    """A router that goes on sending to a server whose engine's process is gone."""
+    engine = FakeEngine()
+    served = serve(engine=engine)
+    assert served.chat().status_code == 200
+    engine.is_alive = False
+    health = served.http.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "failed")
+    answer = served.chat()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "failed")
+
+
 def test_the_engine_stops_with_the_app(serve):
     """Threads and memory that outlive the server."""
     engine = FakeEngine()

@@ -15,16 +15,15 @@ import torch
 from trimtab.attribution.subject import Subject
 from trimtab.serving.detokenizer import Detokenizer, TokenText
 from trimtab.serving.engines.base import (
-    ContextLengthError,
     Delta,
     EngineError,
     EngineInfo,
     EngineStats,
     ModelAccess,
-    OverloadedError,
     Request,
 )
 from trimtab.serving.engines.delta_stream import DeltaStream
+from trimtab.serving.engines.limits import check_context, check_queue
 from trimtab.serving.engines.transformers.batcher import Batcher
 from trimtab.serving.engines.transformers.kv import KVRows, bytes_per_token
 from trimtab.serving.engines.transformers.runner import (
@@ -130,13 +129,7 @@ class TransformersEngine:
             ContextLengthError: prompt plus max_tokens exceed the context.
             SpecError: the plan can never fit the bank.
         """
-        n, most = len(request.prompt_ids), self.info.max_context
-        if n + max(request.sampling.max_tokens, 1) > most:
-            raise ContextLengthError(
-                f"The prompt has {n} tokens and max_tokens is {request.sampling.max_tokens}; "
-                f"together they may be {most} at most.",
-                param="max_tokens" if n < most else "messages",
-            )
+        check_context(request, most=self.info.max_context)
         if request.plan is not None and self.bank is not None:
             self.bank.check_fits(request.plan)
 
@@ -150,13 +143,12 @@ class TransformersEngine:
         batcher = self._batcher
         if batcher is None or self._stopping:
             raise EngineError("The engine is not running.")
-        room = self.config.max_queue + self.config.max_concurrent
-        load = len(batcher.waiting) + len(batcher.running)
-        if load + len(requests) > room:
-            raise OverloadedError(
-                f"{load} sequences run or wait and at most {room} may; try again shortly.",
-                retry_after_s=max(1, load // max(1, self.config.max_concurrent)),
-            )
+        check_queue(
+            len(requests),
+            load=len(batcher.waiting) + len(batcher.running),
+            max_running=self.config.max_concurrent,
+            max_queue=self.config.max_queue,
+        )
         for request in requests:
             self.check(request)
         queued = [self._queued(request) for request in requests]
@@ -175,6 +167,11 @@ class TransformersEngine:
         with self._wake:
             self._wake.notify()
         return future.result()
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the model's thread has ended."""
+        return self._thread is not None and self._thread.is_alive()
 
     def stats(self) -> EngineStats:
         """Return the load now."""

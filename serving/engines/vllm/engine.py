@@ -12,16 +12,15 @@ from typing import Any
 
 from trimtab.serving.detokenizer import TokenText
 from trimtab.serving.engines.base import (
-    ContextLengthError,
     Delta,
     EngineError,
     EngineInfo,
     EngineStats,
     ModelAccess,
-    OverloadedError,
     Request,
 )
 from trimtab.serving.engines.delta_stream import DeltaStream
+from trimtab.serving.engines.limits import check_context, check_queue
 from trimtab.serving.engines.vllm.answer import Answer, SplitPromptFailure
 from trimtab.serving.engines.vllm.networks import Networks
 from trimtab.serving.engines.vllm.plan_wire import KEY, packed_request, readers_of
@@ -120,13 +119,7 @@ class VllmEngine:
             ContextLengthError: prompt plus max_tokens exceed the context.
             SpecError: the plan can never fit the bank, or this vLLM cannot do what it asks.
         """
-        n, most = len(request.prompt_ids), self.info.max_context
-        if n + max(request.sampling.max_tokens, 1) > most:
-            raise ContextLengthError(
-                f"The prompt has {n} tokens and max_tokens is {request.sampling.max_tokens}; "
-                f"together they may be {most} at most.",
-                param="max_tokens" if n < most else "messages",
-            )
+        check_context(request, most=self.info.max_context)
         assert self._room is not None
         assert self._served is not None
         if request.plan is not None:
@@ -140,18 +133,22 @@ class VllmEngine:
             OverloadedError: the queue has no room for all of them.
             EngineError: the engine is not running.
         """
-        if self._served is None or self._llm is None or self._llm.errored:
+        if self._served is None or not self.is_alive:
             raise EngineError("The engine is not running.")
-        room = self.config.max_queue + self._max_running
-        load = len(self._live)
-        if load + len(requests) > room:
-            raise OverloadedError(
-                f"{load} sequences run or wait and at most {room} may; try again shortly.",
-                retry_after_s=max(1, load // max(1, self._max_running)),
-            )
+        check_queue(
+            len(requests),
+            load=len(self._live),
+            max_running=self._max_running,
+            max_queue=self.config.max_queue,
+        )
         for request in requests:
             self.check(request)
         return [self._started(request) for request in requests]
+
+    @property
+    def is_alive(self) -> bool:
+        """False once vLLM's processes have died."""
+        return self._llm is not None and not self._llm.errored
 
     def stats(self) -> EngineStats:
         """Return the load now."""

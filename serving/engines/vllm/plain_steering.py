@@ -185,6 +185,10 @@ class _Guest:
     def generate(self, *requests: Request) -> list[Any]:
         raise EngineError("vLLM's own routes generate.")
 
+    @property
+    def is_alive(self) -> bool:
+        return True  # who asks is inside vLLM's server, which ends with its engine
+
     def stats(self) -> EngineStats:
         return EngineStats(0, 0, 0, 0, 0)
 
