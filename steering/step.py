@@ -19,7 +19,7 @@ from trimtab.steering.plan import Gate, Reader
 from trimtab.steering.steered_request import SteeredRequest
 
 # Numbers of additive rows, gathered for all layers, that a step keeps for when it runs again.
-_KEPT_CHANGES = 2**24
+_KEPT_CHANGES = 2**22
 
 
 class SplitPromptError(ValueError):
