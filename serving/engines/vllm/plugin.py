@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
-from importlib.metadata import version
 from typing import Any
 
 from trimtab.steering.errors import ModelLoadError
 
 SWITCH = "TRIMTAB_VLLM"
+BLOCK_KEYS = "generate_block_hash_extra_keys"
+"""A function that two of vLLM's modules hold under this name; both are wrapped."""
 
 _is_registered = False
 
@@ -72,6 +72,7 @@ def _vllm_version() -> str:
 
 def _install() -> None:
     from vllm.config import VllmConfig
+    from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.request import Request
@@ -87,6 +88,8 @@ def _install() -> None:
         (Worker, ("load_model",)),
         (VllmConfig, ("__post_init__",)),
         (Request, ("__init__",)),
+        (kv_cache_utils, (BLOCK_KEYS,)),
+        (block_pool, (BLOCK_KEYS,)),
         (Scheduler, ("__init__", "update_from_output", "finish_requests")),
         (OutputProcessor, ("process_outputs", "add_request", "abort_requests")),
     ):
@@ -98,7 +101,8 @@ def _install() -> None:
         setattr(Worker, name, method)
     _wrap(VllmConfig, "__post_init__", fit_config)
     _wrap(Request, "__init__", _with_salt)
-    _wrap_block_keys()
+    for module in (kv_cache_utils, block_pool):
+        _wrap(module, BLOCK_KEYS, _with_answer_key)
 
     def update(original: Any, scheduler: Any, scheduled: Any, output: Any) -> Any:
         pending = scheduler.__dict__.setdefault("_trimtab_pending", Pending())
@@ -116,7 +120,7 @@ def _install() -> None:
 
 
 def _wrap(owner: Any, name: str, wrapper: Any) -> None:
-    """Let `wrapper(original, *args, **kwargs)` stand in for a method."""
+    """Let `wrapper(original, *args, **kwargs)` stand in for a method, or a module's function."""
     original = getattr(owner, name)
 
     @functools.wraps(original)
@@ -149,30 +153,11 @@ def _with_connector(original: Any, scheduler: Any, *args: Any, **kwargs: Any) ->
     _shares_outside = scheduler.connector is not None
 
 
-def _wrap_block_keys() -> None:
-    from vllm.v1.core import block_pool, kv_cache_utils
-
+def _with_answer_key(
+    original: Any, request: Any, start: int, end: int, *args: Any, **kwargs: Any
+) -> Any:
     from trimtab.serving.engines.vllm.prefix_cache import answer_key
 
-    name = "generate_block_hash_extra_keys"
-    original = getattr(kv_cache_utils, name)
-
-    @functools.wraps(original)
-    def keys(request: Any, start: int, end: int, *args: Any, **kwargs: Any) -> Any:
-        extra, index = original(request, start, end, *args, **kwargs)
-        own = answer_key(request, end)
-        return ((*(extra or ()), own), index) if own is not None else (extra, index)
-
-    for module in (kv_cache_utils, block_pool):
-        getattr(module, name)
-        setattr(module, name, keys)
-
-
-def is_registered() -> bool:
-    """Return whether this process has been changed, for a check at start."""
-    return _is_registered and "vllm" in sys.modules
-
-
-def trimtab_version() -> str:
-    """Return the version that goes into the compile cache's key."""
-    return version("trimtab")
+    extra, index = original(request, start, end, *args, **kwargs)
+    own = answer_key(request, end)
+    return ((*(extra or ()), own), index) if own is not None else (extra, index)
