@@ -17,6 +17,8 @@ names what is relied on, and a version in which something is missing is refused 
     LLMEngine.add_request             and refused where nothing could compile it
     ChatCompletionRequest and others  as is what vLLM would ignore (`unheard.py`)
 
+vLLM does have an interface for quantisation methods, and is told ours (`quantization.py`).
+
 TRIMTAB_VLLM=off leaves vLLM as it is, but for refusing requests that ask for steering.
 """
 
@@ -79,6 +81,7 @@ def _install() -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     from trimtab.serving.engines.vllm import plain_answers
+    from trimtab.serving.engines.vllm.quantization import register_quantization
     from trimtab.serving.engines.vllm.reports import Pending, lift_off
     from trimtab.serving.engines.vllm.vllm_config import fit_config
     from trimtab.serving.engines.vllm.worker_rpc import WORKER_METHODS, load_and_arm
@@ -117,6 +120,7 @@ def _install() -> None:
 
     _wrap(OutputProcessor, "process_outputs", process)
     _wrap(OutputProcessor, "add_request", plain_answers.follow)
+    register_quantization()
 
 
 def _wrap(owner: Any, name: str, wrapper: Any) -> None:

@@ -274,9 +274,7 @@ class FourBitScheme(CompressedTensorsScheme):  # type: ignore[misc]
 
     def _cut_rows(self, layer: Any, up: torch.Tensor, shard: Any) -> torch.Tensor:
         data = up.new_zeros(sum(self.sizes), up.shape[1])
-        parameter = ChannelQuantScaleParameter(
-            data=data, output_dim=0, weight_loader=self._loader
-        )
+        parameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=self._loader)
         return self._cut(layer, parameter, up, shard)
 
     def _cut_columns(self, layer: Any, down: torch.Tensor) -> torch.Tensor:
