@@ -144,7 +144,9 @@ def read_folder(path: Path, *, verify: bool = False) -> QuantizedFolder | None:
     files = _index(path, where=where)
     modules = _quantized_modules(files)
     if not modules:
-        raise ModelLoadError(f"{where} says that it is quantised, and holds no such weight. {_AGAIN}")
+        raise ModelLoadError(
+            f"{where} says that it is quantised, and holds no such weight. {_AGAIN}"
+        )
     by_module = {name: group_of(name, groups, where=where) for name in modules}
     facts = (
         facts_from_json(config[KEY], where=where) if KEY in config else _foreign_facts(by_module)

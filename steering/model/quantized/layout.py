@@ -146,7 +146,7 @@ def to_tensors(
             tensors[GLOBAL_SCALE] = (1.0 / stored.tensor_scale).reshape(1)
         return tensors
     tensors = {
-        PACKED: stored.packed.contiguous().view(torch.int32),
+        PACKED: _retyped(stored.packed, torch.int32),
         SCALE: stored.scales,
         SHAPE: torch.tensor(stored.shape),
     }
@@ -187,7 +187,7 @@ def from_tensors(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> Matrix:
     if layout.format == "int4-asym":
         zeros = _unpacked_zeros(tensors[ZERO_POINT], n_out=n_out, n_groups=scale.shape[-1])
     fmt = format_named(layout.format, group_size=layout.group_size or n_in)
-    return fmt.stored(packed.contiguous().view(torch.uint8), Parts(scale, zeros=zeros))
+    return fmt.stored(_retyped(packed, torch.uint8), Parts(scale, zeros=zeros))
 
 
 def _storable(packed: Packed, *, tensor_scale: torch.Tensor | None) -> Packed:
@@ -224,11 +224,17 @@ def _fp8(values: torch.Tensor, scale: torch.Tensor) -> Fp8Matrix:
 def _packed_zeros(zeros: torch.Tensor) -> torch.Tensor:
     """Return zero points `[n_out, n_groups]`, uint8, as int32 `[ceil(n_out / 8), n_groups]`."""
     padded = torch.nn.functional.pad(zeros.t(), (0, -zeros.shape[0] % _WORD))
-    return nibbles.pack(padded).contiguous().view(torch.int32).t().contiguous()
+    return _retyped(nibbles.pack(padded), torch.int32).t().contiguous()
 
 
 def _unpacked_zeros(words: torch.Tensor, *, n_out: int, n_groups: int) -> torch.Tensor:
     if words.dtype != torch.int32 or tuple(words.shape) != (-(-n_out // _WORD), n_groups):
         raise ValueError(f"int4-asym: {ZERO_POINT} is {words.dtype} {tuple(words.shape)}")
-    codes = nibbles.unpack(words.t().contiguous().view(torch.uint8))
+    codes = nibbles.unpack(_retyped(words.t(), torch.uint8))
     return codes[:, :n_out].t().contiguous()
+
+
+def _retyped(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the same bytes, row by row, as another type."""
+    # Flat, because a matrix of one row or column is contiguous with any stride, and `view` minds.
+    return matrix.reshape(-1).view(dtype).view(matrix.shape[0], -1)

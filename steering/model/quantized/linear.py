@@ -65,9 +65,12 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """The weight without the correction, `[out_features, in_features]`, dequantised anew.
 
-        For what looks at a layer's weight; nothing that runs the model does.
+        For what looks at a layer's weight; nothing that runs the model does. That of an empty
+        layer has no numbers: Mamba's layers draw initial values for it while they are built.
         """
-        return self._loaded().dense(self._loaded().dtype)
+        if self.prepared is None:
+            return torch.empty(self.out_features, self.in_features, device="meta")
+        return self.prepared.dense(self.prepared.dtype)
 
     @property
     def n_bytes(self) -> int:

@@ -117,6 +117,9 @@ class QuantizedFolderWriter:
 
         Returns:
             The target.
+
+        Raises:
+            ModelLoadError: no matrix was quantised.
         """
         weight_map: dict[str, str] = {}
         layouts: dict[str, Layout] = {}
@@ -128,6 +131,10 @@ class QuantizedFolderWriter:
                 weight_map |= dict.fromkeys(file.keys(), path.name)
                 header = json.loads((file.metadata() or {})[_LAYOUTS])
             layouts |= {name: Layout(*layout) for name, layout in header.items()}
+        if not layouts:
+            raise ModelLoadError(
+                f"Nothing of {source} could be quantised: no linear layer has whole groups."
+            )
         self._merge_low_rank()
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         _write_text(self.partial / INDEX_NAME, json.dumps(index, indent=2))
