@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trimtab.kernels.formats import FORMATS, Packed, format_named
+from trimtab.kernels.formats import Fp8Matrix, Packed, format_named, fp8
 from trimtab.serving.engines.vllm.joined_weights import LowRank, as_one, joined
 
 
@@ -22,7 +22,7 @@ def with_scale(made: Packed, factor: float) -> Packed:
     return replace(made, parts=replace(made.parts, tensor_scale=made.tensor_scale * factor))
 
 
-@pytest.mark.parametrize("format", sorted(FORMATS))
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "int4", "int4-asym"])
 def test_matrices_of_very_different_sizes_become_one(format: str) -> None:
     """A scale that is rounded when it is stored relative to another's."""
     made = [matrix(format, n, seed=n, size=size) for n, size in ((4, 1.0), (1, 60.0), (3, 0.02))]
@@ -38,6 +38,24 @@ def test_matrices_stay_apart_where_a_scale_would_change() -> None:
     # A scale beyond 448 under the smaller tensor scale, and below 2^-9 under the larger.
     far = [matrix("nvfp4", 4, seed=1), with_scale(matrix("nvfp4", 4, seed=2), 2.0**-17)]
     assert as_one(far) is None
+
+
+def test_with_fp8_inputs_scales_are_never_moved() -> None:
+    """Levels are rounded to FP8 with their scale: a moved scale is another rounding."""
+    far = [matrix("nvfp4", 4, seed=1), matrix("nvfp4", 4, seed=2, size=60.0)]
+    assert as_one(far) is not None
+    assert as_one(far, activations="fp8") is None
+    near = [matrix("nvfp4", 4, seed=1), matrix("nvfp4", 4, seed=1)]
+    assert as_one(near, activations="fp8") is not None
+
+
+def test_fp8_matrices_become_one() -> None:
+    """Rows under another row's scale."""
+    generator = torch.Generator().manual_seed(3)
+    made = [fp8.quantize_matrix(torch.randn(n, 64, generator=generator)) for n in (3, 5)]
+    one = as_one(made)
+    assert isinstance(one, Fp8Matrix)
+    assert torch.equal(one.dequantize(), torch.cat([m.dequantize() for m in made]))
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.7])

@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
+from quantized_toys import by_format, quantise, save_original
 
-from trimtab.serving.engines.vllm.quantization_choice import choice, four_bit_format
+from trimtab.serving.engines.vllm.quantization_choice import check_folder, choice, readable
 from trimtab.steering.errors import ModelLoadError
+from trimtab.steering.model.quantized import Layout, QuantizationFacts
+from trimtab.steering.model.quantized.groups import Group
 
-NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
-MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
-INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
-FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+NVFP4, MXFP4, INT4, FP8 = (
+    Layout(format, size).config_group(["Linear"], has_fp8_activations=False)
+    for format, size in (("nvfp4", 16), ("mxfp4", 32), ("int4", 128), ("fp8", None))
+)
 TOKENS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+OURS = QuantizationFacts("nvfp4").to_json(files={})
 
 
-def config(*weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
-    groups = {
-        f"group_{n}": {"targets": ["Linear"], "weights": one, "input_activations": inputs}
-        for n, one in enumerate(weights)
-    }
-    return {"quant_method": "compressed-tensors", "config_groups": groups}
+def config(*groups: dict[str, Any]) -> dict[str, Any]:
+    named = {f"group_{n}": one for n, one in enumerate(groups)}
+    return {"quant_method": "compressed-tensors", "config_groups": named}
 
 
-@pytest.mark.parametrize("is_cpu", [True, False])
-def test_our_folders_are_ours_everywhere(is_cpu: bool) -> None:
-    """vLLM's own method without the FP8 inputs or the factors that the folder was made with."""
+def lacks_fp4(group: Group) -> bool:
+    """What vLLM on a CPU has no kernel for."""
+    return group.layout.format in ("nvfp4", "mxfp4")
+
+
+def chosen(config: dict[str, Any], asked: str | None = None, facts: Any = None) -> str | None:
+    return choice(config, asked, facts, lacks=lacks_fp4)
+
+
+def test_our_folders_are_ours_everywhere() -> None:
+    """vLLM's own method without the FP8 activations or the corrections of the folder."""
     for asked in (None, "trimtab"):
-        assert choice(config(INT4), asked, {"scheme": "int4"}, is_cpu=is_cpu) == "trimtab"
-        assert choice(config(NVFP4, FP8), asked, {"scheme": "w4a8"}, is_cpu=is_cpu) == "trimtab"
+        for groups in ([INT4], [NVFP4, FP8]):
+            assert chosen(config(*groups), asked, OURS) == "trimtab"
+            assert choice(config(*groups), asked, OURS, lacks=lambda group: False) == "trimtab"
+    with pytest.raises(ModelLoadError, match="format 7"):
+        chosen(config(INT4), None, {"format": 7})
 
 
 def test_somebody_elses_folder_stays_vllms_unless_it_is_stuck(
@@ -38,55 +51,65 @@ def test_somebody_elses_folder_stays_vllms_unless_it_is_stuck(
 ) -> None:
     """Another method than the user expects, on a device where vLLM has its own kernel."""
     with caplog.at_level(logging.WARNING):
-        for weights in (NVFP4, MXFP4, INT4, FP8):
-            assert choice(config(weights), None, None, is_cpu=False) is None
-        assert choice(config(INT4), None, None, is_cpu=True) is None
-        assert choice(config(FP8), None, None, is_cpu=True) is None
+        for group in (NVFP4, MXFP4, INT4, FP8):
+            assert choice(config(group), None, None, lacks=lambda group: False) is None
+        assert chosen(config(INT4)) is None
+        assert chosen(config(FP8)) is None
         assert not caplog.messages
-        assert choice(config(NVFP4, FP8), None, None, is_cpu=True) == "trimtab"
-        assert choice(config(MXFP4), None, None, is_cpu=True) == "trimtab"
-    assert ["no kernel for nvfp4" in caplog.messages[0], len(caplog.messages)] == [True, 2]
+        assert chosen(config(NVFP4, FP8)) == "trimtab"
+        assert chosen(config(MXFP4)) == "trimtab"
+    assert ["no kernel for these nvfp4" in caplog.messages[0], len(caplog.messages)] == [True, 2]
 
 
 def test_quantised_inputs_of_others_are_not_left_out() -> None:
     """W4A4 run as W4A16: not what the checkpoint says, and no error either."""
-    assert four_bit_format({"weights": NVFP4, "input_activations": NVFP4}) is None
-    assert choice(config(NVFP4, inputs=NVFP4), None, None, is_cpu=True) is None
-    with pytest.raises(ModelLoadError, match="group_0"):
-        choice(config(NVFP4, inputs=TOKENS), "trimtab", None, is_cpu=False)
+    four = NVFP4 | {"input_activations": NVFP4["weights"]}
+    assert readable(four, stored=None) is None
+    assert chosen(config(four)) is None
+    with pytest.raises(ModelLoadError, match="group_1"):
+        chosen(config(NVFP4, four), "trimtab")
+    eight = readable(NVFP4 | {"input_activations": TOKENS}, stored=None)
+    assert eight is not None
+    assert eight.activations == "fp8"
 
 
 def test_asking_for_a_method_is_honoured_or_refused() -> None:
     """A method that was asked for by name and quietly not taken."""
-    assert choice(config(INT4), "trimtab", None, is_cpu=False) == "trimtab"
+    assert chosen(config(INT4), "trimtab") == "trimtab"
+    sparse = INT4 | {"weights": INT4["weights"] | {"num_bits": 2}}
     with pytest.raises(ModelLoadError, match="group_1"):
-        choice(config(INT4, FP8), "trimtab", None, is_cpu=False)
-    assert choice({"quant_method": "awq"}, "trimtab", None, is_cpu=False) is None  # vLLM refuses it
+        chosen(config(INT4, sparse), "trimtab")
+    assert chosen({"quant_method": "awq"}, "trimtab") is None  # which vLLM refuses
     theirs = "compressed-tensors"
-    assert choice(config(INT4), theirs, {"scheme": "int4"}, is_cpu=False) is None
-    assert choice(config(NVFP4), theirs, None, is_cpu=True) is None
-    for facts, what in (({"activations": "fp8"}, "FP8"), ({"lorc": {"rank": 8}}, "low-rank")):
+    assert chosen(config(INT4), theirs, OURS) is None
+    assert chosen(config(NVFP4), theirs) is None
+    for change, what in (({"activations": "fp8"}, "FP8"), ({"lorc_rank": 8}, "low-rank")):
         with pytest.raises(ModelLoadError, match=what):
-            choice(config(NVFP4), theirs, facts, is_cpu=False)
+            chosen(config(NVFP4), theirs, OURS | change)
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({}, "int4"),
-        ({"symmetric": False}, "int4-asym"),
-        ({"group_size": 64, "actorder": "static"}, "int4"),
-        ({"actorder": "group"}, None),
-        ({"group_size": 20}, None),
-        ({"strategy": "channel", "group_size": None}, None),
-        ({"num_bits": 8}, None),
-        ({"type": "float"}, None),
-        ({"dynamic": True}, None),
-    ],
-    ids=str,
-)
-def test_a_format_is_known_by_all_it_says(change: dict[str, Any], expected: str | None) -> None:
-    """A checkpoint whose columns are sorted, or whose groups differ, read as one of ours."""
-    found = four_bit_format({"weights": INT4 | change})
-    assert (found and found.name) == expected
-    assert found is None or found.group_size == change.get("group_size", 128)
+def folder(path: Path, *, rank: int = 0) -> Path:
+    """Return a toy quantised into a folder below a path."""
+    original = save_original(path / "original")
+    facts = QuantizationFacts("nvfp4", lorc_rank=rank)
+    quantise(original, path / "made", by_format("nvfp4"), facts=facts, rank=rank)
+    return path / "made"
+
+
+def test_a_folder_is_looked_at_before_anything_starts(tmp_path: Path) -> None:
+    """A copy that stopped half way, found a minute later by an engine in its own words."""
+    made = folder(tmp_path, rank=2)
+    facts = check_folder(str(made))
+    assert facts is not None
+    assert facts.label == "nvfp4 lorc2"
+    assert check_folder(str(tmp_path / "original")) is None
+    assert check_folder("somebody/something") is None
+    for file in sorted(made.glob("*.safetensors")):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-10])
+        with pytest.raises(ModelLoadError, match=file.name):
+            check_folder(str(made))
+        file.write_bytes(whole)
+    file.unlink()
+    with pytest.raises(ModelLoadError, match=f"{file.name} is missing"):
+        check_folder(str(made))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +16,37 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trimtab.kernels.formats import Packed, Parts, format_named, fp8
+from trimtab.kernels.formats import Packed, format_named, fp8
+from trimtab.kernels.matmul import reference
 from trimtab.steering.errors import ModelLoadError
+from trimtab.steering.model.quantized import Matrix, QuantizationFacts, layout, to_tensors
+from trimtab.steering.model.quantized.writer import LORC_A, LORC_B, LORC_NAME
 
 pytestmark = pytest.mark.vllm
 
-FORMATS = ("nvfp4", "mxfp4", "int4", "int4-asym")
+FORMATS = ("nvfp4", "mxfp4", "int4", "int4-asym", "fp8")
 GROUPS = {"int4": 32, "int4-asym": 32}
 N_IN = 192
 HEAD = 32
 
 
-def matrix(format: str, n_out: int, *, seed: int, scale: float = 1.0) -> Packed:
-    """Return a quantised random matrix; an odd `scale` makes a tensor scale that is no power of 2."""
+def matrix(format: str, n_out: int, *, seed: int, scale: float = 1.0) -> Matrix:
+    """Return a quantised random matrix.
+
+    Args:
+        format: its name.
+        n_out: rows.
+        seed: of the weights.
+        scale: of NVFP4's tensor scale, which a power of two leaves one.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(n_out, N_IN, generator=generator)
+    if format == "fp8":
+        return fp8.quantize_matrix(weight)
     made = format_named(format, group_size=GROUPS.get(format)).quantize(weight)
     if made.tensor_scale is None:
         return made
-    parts = Parts(made.scales, tensor_scale=made.tensor_scale * scale)
-    return Packed(made.format, made.group_size, made.codebook, made.packed, parts)
-
-
-def stored(made: Packed) -> dict[str, torch.Tensor]:
-    """Return a matrix's tensors as compressed-tensors names and stores them."""
-    if made.format in ("nvfp4", "mxfp4"):
-        tensors = {"weight_packed": made.packed, "weight_scale": made.scales}
-        if made.tensor_scale is not None:
-            tensors["weight_global_scale"] = made.tensor_scale.reciprocal().reshape(1)
-        return tensors
-    tensors = {
-        "weight_packed": made.packed.view(torch.int32),
-        "weight_scale": made.scales,
-        "weight_shape": torch.tensor(made.shape),
-    }
-    if made.zeros is not None:
-        eights = made.zeros.to(torch.int64).unflatten(0, (-1, 8))
-        words = (eights << torch.arange(0, 32, 4).view(1, 8, 1)).sum(1)
-        tensors["weight_zero_point"] = words.to(torch.uint32).view(torch.int32)
-    return tensors
+    return replace(made, parts=replace(made.parts, tensor_scale=made.tensor_scale * scale))
 
 
 @contextmanager
@@ -70,24 +63,20 @@ def on_rank(rank: int, size: int) -> Iterator[None]:
         yield
 
 
-def quantization(format: str, *, facts: dict[str, Any] | None = None) -> Any:
+def quantization(format: str, *, activations: Any = "same") -> Any:
     """Return our configuration of a checkpoint that is all of one format."""
     from trimtab.serving.engines.vllm.quantization import TrimtabQuantization, register_op
 
     register_op()
-    weights = {
-        "nvfp4": {"type": "float", "strategy": "tensor_group", "group_size": 16},
-        "mxfp4": {"type": "float", "strategy": "group", "group_size": 32},
-        "int4": {"type": "int", "strategy": "group", "group_size": 32},
-        "int4-asym": {"type": "int", "strategy": "group", "group_size": 32, "symmetric": False},
-    }[format] | {"num_bits": 4}
-    group = {"targets": ["Linear"], "weights": weights}
-    made = TrimtabQuantization.from_config({"config_groups": {"group_0": group}, "ignore": []})
+    stored = layout.Layout(format, {"nvfp4": 16, "mxfp4": 32, "fp8": None}.get(format, 32))
+    group = stored.config_group(["Linear"], has_fp8_activations=activations == "fp8")
+    config = {"config_groups": {"group_0": group}, "ignore": [], "format": group["format"]}
+    made = TrimtabQuantization.from_config(config)
     made.packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
-    made.facts = facts or {}
+    made.facts = QuantizationFacts("some", activations=activations)
     return made
 
 
@@ -118,35 +107,35 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 # --- layers, ranks and formats
 
 
-def merged(made: list[Packed], config: Any, *, sizes: list[int]) -> Any:
+def merged(made: list[Matrix], config: Any, *, sizes: list[int]) -> Any:
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
     layer = MergedColumnParallelLinear(
         N_IN, sizes, bias=False, quant_config=config, prefix="model.layers.0.mlp.gate_up_proj"
     )
     for number, one in enumerate(made):
-        load(layer, stored(one), number)
+        load(layer, to_tensors(one), number)
     return ready(layer)
 
 
-def qkv(made: list[Packed], config: Any, *, n_heads: int, n_kv: int) -> Any:
+def qkv(made: list[Matrix], config: Any, *, n_heads: int, n_kv: int) -> Any:
     from vllm.model_executor.layers.linear import QKVParallelLinear
 
     layer = QKVParallelLinear(
         N_IN, HEAD, n_heads, n_kv, bias=False, quant_config=config, prefix="model.layers.0.qkv_proj"
     )
     for shard, one in zip("qkv", made, strict=True):
-        load(layer, stored(one), shard)
+        load(layer, to_tensors(one), shard)
     return ready(layer)
 
 
-def row(made: Packed, config: Any) -> Any:
+def row(made: Matrix, config: Any) -> Any:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
     layer = RowParallelLinear(
         N_IN, made.shape[0], bias=False, quant_config=config, prefix="model.layers.0.down_proj"
     )
-    load(layer, stored(made))
+    load(layer, to_tensors(made))
     return ready(layer)
 
 
@@ -197,36 +186,48 @@ def test_shares_of_the_inputs_add_up(format: str, n_ranks: int) -> None:
 
 @pytest.mark.parametrize(
     ("format", "n_ranks", "message"),
-    [("int4", 4, "48 columns are no multiple of the 32"), ("nvfp4", 8, "24 columns .* the 16")],
+    [
+        ("int4", 4, "48 columns are no multiple of the 32"),
+        ("nvfp4", 8, "24 columns .* the 16"),
+        ("int4", 3, "64 columns .* the 192"),
+    ],
 )
 def test_a_share_of_half_a_group_is_refused(format: str, n_ranks: int, message: str) -> None:
     """Codes of one group under the scale of the next."""
+    config = quantization(format)
+    if "192" in message:  # one scale for a whole row
+        config.target_scheme_map["Linear"]["weights"].strategy = "channel"
     with on_rank(0, n_ranks), pytest.raises(ModelLoadError, match=message):
-        row(matrix(format, 40, seed=3), quantization(format))
+        row(matrix(format, 40, seed=3), config)
 
 
 def test_zero_points_are_not_cut_within_a_word() -> None:
     """Eight rows share a word: a rank of twelve rows would read its neighbour's zero points."""
     made = [matrix("int4-asym", 24, seed=1), matrix("int4-asym", 24, seed=2)]
-    with on_rank(0, 2), pytest.raises(ModelLoadError, match="eight rows together"):
+    with on_rank(0, 2), pytest.raises(ModelLoadError, match="8 rows together"):
         merged(made, quantization("int4-asym"), sizes=[24, 24])
 
 
 # --- what else a folder can say
 
 
-def test_inputs_are_rounded_where_the_folder_says_so() -> None:
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "int4", "fp8"])
+def test_inputs_are_rounded_where_the_folder_says_so(format: str) -> None:
     """W4A8 served as W4A16: better numbers than those that were measured and published."""
-    made, x = matrix("nvfp4", 40, seed=3), inputs()
+    made, x = matrix(format, 40, seed=3), inputs()
     with on_rank(0, 1):
-        layer = row(made, quantization("nvfp4", facts={"activations": "fp8"}))
-    close(apply(layer, x), fp8.rounded_rows(x) @ made.dequantize().t())
+        layer = row(made, quantization(format, activations="fp8"))
+    rounded = fp8.rounded_rows(x)
+    if isinstance(made, Packed):
+        close(apply(layer, x), reference.matmul(x, made, activations="fp8"))
+    else:
+        close(apply(layer, x), rounded @ made.dequantize().t())
     assert not torch.allclose(apply(layer, x), x @ made.dequantize().t(), rtol=1e-3, atol=1e-3)
 
 
 def factors(folder: Path, **shapes: tuple[int, int]) -> tuple[Any, dict[str, torch.Tensor]]:
     """Return a file of low-rank factors and, of each matrix, what they add to it."""
-    from trimtab.serving.engines.vllm import low_rank
+    from trimtab.serving.engines.vllm.low_rank import LowRankFile
 
     generator = torch.Generator().manual_seed(5)
     tensors, added = {}, {}
@@ -234,10 +235,10 @@ def factors(folder: Path, **shapes: tuple[int, int]) -> tuple[Any, dict[str, tor
         up = torch.randn(n_out, rank, generator=generator)
         down = torch.randn(rank, N_IN, generator=generator) / 100
         path = "model.layers.0." + name.replace("__", ".")
-        tensors |= {path + low_rank.UP: up, path + low_rank.DOWN: down}
+        tensors |= {f"{path}.{LORC_A}": up, f"{path}.{LORC_B}": down}
         added[name] = up @ down
-    save_file(tensors, folder / low_rank.FILE)
-    return low_rank.LowRankFile(folder / low_rank.FILE), added
+    save_file(tensors, folder / LORC_NAME)
+    return LowRankFile(folder / LORC_NAME), added
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
@@ -295,7 +296,7 @@ class Mapper:
 
 
 def test_a_matrix_that_never_came_is_an_error() -> None:
-    """vLLM looks whether all is loaded in unquantised models only: memory's leftovers as weights."""
+    """vLLM looks whether all is loaded in unquantised models only: memory leftovers as weights."""
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
     made = matrix("nvfp4", 48, seed=1)
@@ -303,9 +304,9 @@ def test_a_matrix_that_never_came_is_an_error() -> None:
         layer = MergedColumnParallelLinear(
             N_IN, [48, 48], bias=False, quant_config=quantization("nvfp4"), prefix="gate_up_proj"
         )
-        load(layer, stored(made), 0)
-        load(layer, {k: v for k, v in stored(made).items() if k != "weight_scale"}, 1)
-        with pytest.raises(ModelLoadError, match="no weight_scale of gate_proj and up_proj"):
+        load(layer, to_tensors(made), 0)
+        load(layer, {k: v for k, v in to_tensors(made).items() if k != "weight_scale"}, 1)
+        with pytest.raises(ModelLoadError, match="no weight_scale for some of gate_up_proj"):
             ready(layer)
 
 
@@ -321,7 +322,7 @@ def test_matrices_that_are_one_on_disk_are_one_here() -> None:
             layer = MergedColumnParallelLinear(
                 N_IN, [48, 48], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
             )
-            load(layer, stored(made))
+            load(layer, to_tensors(made))
             expected = (x @ made.dequantize().t()).unflatten(-1, (2, 2, 24))[:, :, rank]
             close(apply(ready(layer), x), expected.flatten(1))
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from trimtab.steering.errors import ModelLoadError
+from trimtab.steering.model.quantized.writer import LORC_A, LORC_B, LORC_NAME
 
-FILE = "lorc.safetensors"
-UP, DOWN = ".lorc_up", ".lorc_down"
+A, B = f".{LORC_A}", f".{LORC_B}"
 
 
 class LowRankFile:
@@ -30,10 +30,8 @@ class LowRankFile:
         self.path = path
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
-        self._names = {
-            key.removesuffix(UP): key.removesuffix(UP) for key in keys if key.endswith(UP)
-        }
-        wanted = {name + suffix for name in self._names for suffix in (UP, DOWN)}
+        self._names = {key.removesuffix(A): key.removesuffix(A) for key in keys if key.endswith(A)}
+        wanted = {name + suffix for name in self._names for suffix in (A, B)}
         if wanted != keys:
             raise ModelLoadError(
                 f"{path} holds {sorted(wanted ^ keys)[:3]} without its counterpart."
@@ -46,7 +44,7 @@ class LowRankFile:
         self._names = {name: stored for name, stored in renamed if name is not None}
 
     def take(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return `up` `[n_out, rank]` and `down` `[rank, n_in]` of a matrix, None if it has none."""
+        """Return A `[n_out, rank]` and B `[rank, n_in]` of a matrix, None if it has none."""
         from safetensors import safe_open
 
         stored = self._names.get(name)
@@ -54,7 +52,7 @@ class LowRankFile:
             return None
         self._taken.add(name)
         with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(stored + UP), file.get_tensor(stored + DOWN)
+            return file.get_tensor(stored + A), file.get_tensor(stored + B)
 
     def untaken(self) -> list[str]:
         """Return the matrices whose factors nobody has asked for."""
@@ -79,4 +77,6 @@ def check_factors_taken(config: Any, model: Any) -> None:
             model.get_submodule(name.rpartition(".")[0])
         except AttributeError:
             continue  # another worker's layer
-        raise ModelLoadError(f"{FILE} has factors for {name}, which vLLM's model has no use for.")
+        raise ModelLoadError(
+            f"{LORC_NAME} has factors for {name}, which vLLM's model has no use for."
+        )

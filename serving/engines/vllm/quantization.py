@@ -1,8 +1,8 @@
 """The quantisation method `trimtab`, which vLLM is taught in each of its processes.
 
-It is vLLM's own compressed-tensors method with other schemes for 4-bit weights, so that which
-layers are quantised, what is left out and how merged layers are named is read as vLLM reads it,
-and layers in FP8 or bf16 stay vLLM's.
+It is vLLM's own compressed-tensors method with other schemes for the weights that are ours, so that
+which layers are quantised, what is left out and how merged layers are named is read as vLLM reads
+it. FP8 weights are ours on a CPU only: on a GPU vLLM's own kernels multiply them, and bf16 ones.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
@@ -17,11 +18,13 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.platforms import current_platform
 
-from trimtab.kernels.formats import Format
-from trimtab.serving.engines.vllm.low_rank import FILE, LowRankFile
-from trimtab.serving.engines.vllm.quantization_choice import FACTS, METHOD, choice, four_bit_format
-from trimtab.serving.engines.vllm.quantized_linear import FourBitScheme, register_op
+from trimtab.serving.engines.vllm.low_rank import LowRankFile
+from trimtab.serving.engines.vllm.quantization_choice import METHOD, check_folder, choice, readable
+from trimtab.serving.engines.vllm.quantized_linear import QuantizedScheme, register_op
 from trimtab.steering.errors import ModelLoadError
+from trimtab.steering.model.quantized.facts import KEY, QuantizationFacts, facts_from_json
+from trimtab.steering.model.quantized.groups import Group
+from trimtab.steering.model.quantized.writer import LORC_NAME
 
 
 def register_quantization() -> None:
@@ -34,13 +37,13 @@ class TrimtabQuantization(CompressedTensorsConfig):  # type: ignore[misc]
     """A quantised checkpoint that our kernels run.
 
     Attributes:
-        facts: what `trimtab quantize` wrote about the folder; empty for other people's.
+        facts: what `trimtab quantize` wrote about the folder; None for other people's.
         low_rank: the folder's factors, if it has any.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.facts: dict[str, Any] = {}
+        self.facts: QuantizationFacts | None = None
         self.low_rank: LowRankFile | None = None
 
     @classmethod
@@ -48,8 +51,7 @@ class TrimtabQuantization(CompressedTensorsConfig):  # type: ignore[misc]
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Say whether a checkpoint is ours, see `choice`."""
-        facts = getattr(hf_config, FACTS, None)
-        return choice(hf_quant_cfg, user_quant, facts, is_cpu=current_platform.is_cpu())
+        return choice(hf_quant_cfg, user_quant, getattr(hf_config, KEY, None), lacks=_vllm_lacks)
 
     def get_name(self) -> str:
         """Return the method's name."""
@@ -61,10 +63,14 @@ class TrimtabQuantization(CompressedTensorsConfig):  # type: ignore[misc]
         """Take what the configuration does not hand to `from_config`.
 
         Raises:
-            ModelLoadError: the folder says that it has low-rank factors, and they are not there.
+            ModelLoadError: the folder is not whole.
         """
-        self.facts = dict(getattr(hf_config, FACTS, None) or {})
-        if self.facts.get("lorc"):
+        facts = getattr(hf_config, KEY, None)
+        if facts is None:
+            return
+        check_folder(model_name)
+        self.facts = facts_from_json(facts, where=f"The model {model_name!r}")
+        if self.facts.lorc_rank:
             self.low_rank = LowRankFile(_beside(model_name, revision=revision))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -76,45 +82,41 @@ class TrimtabQuantization(CompressedTensorsConfig):  # type: ignore[misc]
             )
 
     def get_scheme(self, layer: Any, layer_name: str | None = None) -> Any:
-        """Return our scheme for 4-bit weights, and vLLM's own for others.
+        """Return our scheme for the weights that are ours, and vLLM's own for others.
 
         Raises:
-            ModelLoadError: matrices of one layer are quantised unlike each other, or 4-bit weights
-                in a layer that is not linear.
+            ModelLoadError: matrices of one layer are quantised unlike each other, or the layer is
+                of a kind that our kernels do not run.
         """
         name = layer_name or ""
-        format = self._format(layer, name)
-        if format is None:
+        group = self._group(layer, name)
+        if group is None:
             return super().get_scheme(layer, layer_name)
         if not isinstance(layer, LinearBase):
-            raise ModelLoadError(f"{name}: trimtab runs 4-bit weights of linear layers only.")
-        self._check_scheme_supported(FourBitScheme.get_min_capability())
-        return FourBitScheme(
+            raise ModelLoadError(f"{name}: trimtab runs {group.layout.format} linear layers only.")
+        self._check_scheme_supported(QuantizedScheme.get_min_capability())
+        asks_fp8 = self.facts is not None and self.facts.activations == "fp8"
+        return QuantizedScheme(
             name,
-            format=format,
-            activations="fp8" if self.facts.get("activations") == "fp8" else "same",
+            layout=group.layout,
+            activations="fp8" if asks_fp8 else group.activations,
             matrices=self._matrices(name),
             low_rank=self.low_rank,
         )
 
-    def _format(self, layer: Any, name: str) -> Format | None:
-        found = [self._group(layer, one) for one in self._matrices(name)]
+    def _group(self, layer: Any, name: str) -> Group | None:
+        """Return how a layer's matrices are quantised, None if they are not or not ours to run."""
+        found = [self.get_scheme_dict(layer, one) for one in self._matrices(name)]
         if any(one != found[0] for one in found):
             raise ModelLoadError(
                 f"vLLM makes one layer of {' and '.join(self._matrices(name))}, and here they are "
                 "quantised unlike each other. Quantise them alike, or use the embedded engine."
             )
-        return four_bit_format(found[0]) if found[0] else None
-
-    def _group(self, layer: Any, name: str) -> dict[str, Any] | None:
-        """Return how one matrix of the checkpoint is quantised, None if it is not."""
-        scheme = self.get_scheme_dict(layer, name)
-        if not scheme:
+        if not found[0]:
             return None
-        return {
-            what: _plain(scheme.get(what))
-            for what in ("weights", "input_activations", "output_activations")
-        }
+        group = readable(_plain(found[0]), stored=self.quant_format)
+        is_theirs = group is not None and group.layout.format == "fp8"
+        return None if is_theirs and not current_platform.is_cpu() else group
 
     def _matrices(self, name: str) -> list[str]:
         """Return the checkpoint's names of the matrices that vLLM keeps in one layer."""
@@ -123,21 +125,35 @@ class TrimtabQuantization(CompressedTensorsConfig):  # type: ignore[misc]
         return [f"{parent}.{part}" if parent else part for part in parts]
 
 
-def _plain(args: Any) -> dict[str, Any] | None:
-    if args is None:
-        return None
+def _vllm_lacks(group: Group) -> bool:
+    """Whether vLLM has no kernel for such weights on this device."""
+    if not current_platform.is_cpu():
+        return False
+    if group.layout.format == "fp8":
+        return not torch.cpu._is_amx_tile_supported()
+    return not group.layout.format.startswith("int4") or group.activations == "fp8"
+
+
+def _plain(scheme: dict[str, Any]) -> dict[str, Any]:
+    """Return what vLLM has parsed of a group as it is in config.json."""
     names = ("num_bits", "type", "strategy", "group_size", "symmetric", "dynamic", "actorder")
-    values = ((name, getattr(args, name, None)) for name in names)
-    return {name: getattr(value, "value", value) for name, value in values}
+
+    def values(args: Any) -> dict[str, Any] | None:
+        if args is None:
+            return None
+        found = {name: getattr(args, name, None) for name in names}
+        return {name: getattr(value, "value", value) for name, value in found.items()}
+
+    activations = ("weights", "input_activations", "output_activations")
+    plain: dict[str, Any] = {what: values(scheme.get(what)) for what in activations}
+    return plain | {"targets": [], "format": scheme.get("format")}
 
 
 def _beside(model: str, *, revision: str | None) -> Path:
     """Return where a checkpoint's low-rank factors are, fetched if it is not a folder."""
     folder = Path(model)
     if folder.is_dir():
-        if not (folder / FILE).is_file():
-            raise ModelLoadError(f"{folder} has lost its {FILE}, which its config.json speaks of.")
-        return folder / FILE
+        return folder / LORC_NAME
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(model, FILE, revision=revision))
+    return Path(hf_hub_download(model, LORC_NAME, revision=revision))

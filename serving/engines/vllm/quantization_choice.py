@@ -1,8 +1,8 @@
 """Whether a quantised checkpoint is ours to run on vLLM, decided from its configuration alone.
 
     a folder made by `trimtab quantize`     ours, on every device
-    a folder of somebody else's             vLLM's own, as ever; but on a CPU ours, if every weight
-                                            of it that vLLM has no kernel for is in a format of ours
+    a folder of somebody else's             vLLM's own, as ever; but ours if it has weights that
+                                            vLLM has no kernel for on this device, and we have
     --quantization trimtab                  ours, or refused by name
     --quantization compressed-tensors       vLLM's own, or refused where it would leave out what
                                             the folder says
@@ -12,23 +12,29 @@ Nothing here imports vLLM.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from trimtab.kernels.formats import Format, format_named
 from trimtab.steering.errors import ModelLoadError
+from trimtab.steering.model.quantized.facts import KEY, QuantizationFacts, facts_from_json
+from trimtab.steering.model.quantized.folder import read_folder
+from trimtab.steering.model.quantized.groups import METHOD as THEIRS
+from trimtab.steering.model.quantized.groups import Group, read_groups
 
 logger = logging.getLogger(__name__)
 
 METHOD = "trimtab"
-THEIRS = "compressed-tensors"
-FACTS = "trimtab_quantization"
-"""The key of config.json under which `trimtab quantize` says what it did."""
 
 
 def choice(
-    config: Mapping[str, Any], asked: str | None, facts: Mapping[str, Any] | None, *, is_cpu: bool
+    config: Mapping[str, Any],
+    asked: str | None,
+    facts: Any,
+    *,
+    lacks: Callable[[Group], bool],
 ) -> str | None:
     """Return `trimtab` if this checkpoint is run by our method, None to leave it to vLLM.
 
@@ -36,7 +42,7 @@ def choice(
         config: `quantization_config` of config.json.
         asked: what `--quantization` names.
         facts: `trimtab_quantization` of config.json, None in other people's folders.
-        is_cpu: whether vLLM runs on a CPU.
+        lacks: whether vLLM has no kernel for such a group on this device.
 
     Raises:
         ModelLoadError: our method was asked for and cannot run this, or vLLM's own and would
@@ -45,70 +51,83 @@ def choice(
     if config.get("quant_method") != THEIRS:
         return None
     if facts is not None:
-        return _choice_of_ours(asked, facts)
+        return _choice_of_ours(asked, facts_from_json(facts, where="This model"))
     if asked not in (None, METHOD):
         return None
-    groups = config.get("config_groups") or {}
-    formats = {name: four_bit_format(group) for name, group in groups.items()}
+    groups = {
+        name: readable(group, stored=config.get("format"))
+        for name, group in (config.get("config_groups") or {}).items()
+    }
     if asked == METHOD:
-        foreign = sorted(name for name, format in formats.items() if format is None)
-        if foreign or not formats:
+        foreign = sorted(name for name, group in groups.items() if group is None)
+        if foreign or not groups:
             raise ModelLoadError(
-                f"--quantization trimtab runs 4-bit weights without quantised inputs, and "
-                f"{' and '.join(foreign) or 'this checkpoint'} of its quantization_config is "
-                "something else. Leave the option out: vLLM may have a method of its own."
+                f"--quantization {METHOD} does not run {' and '.join(foreign) or 'this model'} of "
+                "its quantization_config. Leave the option out: vLLM may have a method of its own."
             )
         return METHOD
-    is_stuck = any(f is not None and not f.name.startswith("int4") for f in formats.values())
-    if is_cpu and is_stuck:
-        named = sorted({f.name for f in formats.values() if f is not None})
-        logger.warning(
-            "vLLM has no kernel for %s weights on a CPU; trimtab's run this checkpoint.",
-            " and ".join(named),
-        )
-        return METHOD
-    return None
+    stuck = {group.layout.format for group in groups.values() if group and lacks(group)}
+    if not stuck:
+        return None
+    logger.warning(
+        "vLLM has no kernel for these %s weights on this device; trimtab's are used.",
+        " and ".join(sorted(stuck)),
+    )
+    return METHOD
 
 
-def _choice_of_ours(asked: str | None, facts: Mapping[str, Any]) -> str | None:
+def _choice_of_ours(asked: str | None, facts: QuantizationFacts) -> str | None:
     if asked in (None, METHOD):
         return METHOD
-    if asked == THEIRS:
-        left_out = [
-            what
-            for what, is_there in (
-                ("inputs rounded to FP8", facts.get("activations") == "fp8"),
-                ("low-rank factors", bool(facts.get("lorc"))),
-            )
-            if is_there
-        ]
-        if left_out:
-            raise ModelLoadError(
-                f"This folder asks for {' and '.join(left_out)}, which vLLM's own compressed-"
-                "tensors method leaves out. Leave --quantization out: trimtab's method runs it."
-            )
+    left_out = []
+    if facts.activations == "fp8":
+        left_out.append("activations rounded to FP8")
+    if facts.lorc_rank:
+        left_out.append("low-rank corrections")
+    if asked == THEIRS and left_out:
+        raise ModelLoadError(
+            f"This model was quantised for {' and '.join(left_out)}, which --quantization {THEIRS} "
+            "leaves out. Leave the option out: trimtab's method runs it."
+        )
     return None
 
 
-def four_bit_format(group: Mapping[str, Any]) -> Format | None:
-    """Return the 4-bit format of a group of compressed-tensors' configuration, None if none of ours.
+def readable(group: Mapping[str, Any], *, stored: str | None) -> Group | None:
+    """Return a group of `quantization_config` as our kernels would run it, None if they cannot.
 
     Args:
-        group: with `weights` and `input_activations`, as in config.json.
+        group: as in config.json.
+        stored: how all groups are stored that do not say it themselves.
     """
-    weights = group.get("weights")
-    if not weights or group.get("input_activations") or group.get("output_activations"):
+    alone = {"quant_method": THEIRS, "format": stored, "config_groups": {"group": group}}
+    try:
+        (found,) = read_groups(alone, where="The model")
+    except ModelLoadError:
         return None
-    if weights.get("num_bits") != 4 or weights.get("dynamic"):
+    return None if found.unused else found
+
+
+def check_folder(model: str) -> QuantizationFacts | None:
+    """Look at a folder made by `trimtab quantize` before anything is started.
+
+    Args:
+        model: what vLLM is given: a folder or a Hugging Face id.
+
+    Returns:
+        How it was quantised; None for whatever else it is.
+
+    Raises:
+        ModelLoadError: the folder is cut short, or not what its config.json says.
+    """
+    path = Path(model).expanduser()
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # a name, or a folder that vLLM refuses in its own words
+    if not isinstance(config, dict) or KEY not in config:
         return None
-    if weights.get("actorder") not in (None, False, "static", "weight"):
-        return None  # columns in another order than the groups
-    kind = weights.get("type"), weights.get("strategy"), weights.get("group_size")
-    is_symmetric = weights.get("symmetric", True)
-    if kind == ("float", "tensor_group", 16) and is_symmetric:
-        return format_named("nvfp4")
-    if kind == ("float", "group", 32) and is_symmetric:
-        return format_named("mxfp4")
-    if kind[:2] == ("int", "group") and isinstance(kind[2], int) and kind[2] % 8 == 0:
-        return format_named("int4" if is_symmetric else "int4-asym", group_size=kind[2])
-    return None
+    folder = read_folder(path)
+    assert folder is not None
+    if folder.facts.lorc_rank:
+        folder.low_rank()
+    return folder.facts
