@@ -226,7 +226,7 @@ def _json(path: Path, *, where: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{where} has an unreadable {path.name}: {error}.") from None
+        raise ModelLoadError(f"{where} has an unreadable {path.name}: {error}. {_AGAIN}") from None
     if not isinstance(value, dict):
         raise ModelLoadError(f"{where} has a {path.name} that is not an object.")
     return value
