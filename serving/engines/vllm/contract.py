@@ -257,6 +257,10 @@ HOOKS: tuple[Hook, ...] = (
     Hook(COMPRESSED_TENSORS, "CompressedTensorsConfig.get_scheme_dict", ("layer", "layer_name")),
     Hook(COMPRESSED_TENSORS, "CompressedTensorsConfig.apply_vllm_mapper", ("hf_to_vllm_mapper",)),
     Hook(COMPRESSED_TENSORS, "CompressedTensorsConfig._check_scheme_supported"),
+    Hook(COMPRESSED_TENSORS, "CompressedTensorsConfig", named=("quant_format",)),
+    Hook(COMPRESSED_TENSORS, "CompressedTensorsConfig.from_config", named=("config",)),
+    Hook(f"{QUANTIZATION}/base_config.py", "QuantizationConfig", named=("packed_modules_mapping",)),
+    Hook("config/vllm.py", "VllmConfig", named=("quant_config",)),
     Hook(
         COMPRESSED_TENSORS,
         "CompressedTensorsLinearMethod.create_weights",

@@ -33,7 +33,7 @@ def register_quantization() -> None:
     register_quantization_config(METHOD)(TrimtabQuantization)
 
 
-class TrimtabQuantization(CompressedTensorsConfig):  # type: ignore[misc]
+class TrimtabQuantization(CompressedTensorsConfig):
     """A quantised checkpoint that our kernels run.
 
     Attributes:

@@ -64,7 +64,7 @@ def _shaped(
     return x.new_empty((*x.shape[:-1], n_out))
 
 
-class QuantizedScheme(CompressedTensorsScheme):  # type: ignore[misc]
+class QuantizedScheme(CompressedTensorsScheme):
     """What vLLM's compressed-tensors method asks of a scheme, for one layer.
 
     Args:
@@ -161,10 +161,17 @@ class QuantizedScheme(CompressedTensorsScheme):  # type: ignore[misc]
         if self.low_rank is None:
             return []
         rows = self.parameters.rows
+        ids: list[Any] = (
+            list("qkv") if isinstance(layer, QKVParallelLinear) else [*range(len(rows))]
+        )
         if len(self.matrices) == 1:  # also where the checkpoint holds them as one
             rows, ids = [slice(0, rows[-1].stop)], [None]
-        else:
-            ids = list("qkv") if isinstance(layer, QKVParallelLinear) else list(range(len(rows)))
+        if len(ids) != len(self.matrices):
+            raise ModelLoadError(
+                f"{self.name} is made of {len(ids)} parts on vLLM and of {len(self.matrices)} "
+                "matrices in the checkpoint: which part a low-rank correction belongs to is not "
+                "known. Use the embedded engine."
+            )
         found = []
         for name, where, shard in zip(self.matrices, rows, ids, strict=True):
             factors = self.low_rank.take(name)
