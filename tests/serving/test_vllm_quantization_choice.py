@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from quantized_toys import by_format, quantise, save_original
 
+from trimtab.serving.engines.vllm.engine import VllmEngine
 from trimtab.serving.engines.vllm.quantization_choice import check_folder, choice, readable
 from trimtab.steering.errors import ModelLoadError
 from trimtab.steering.model.quantized import Layout, QuantizationFacts
@@ -112,4 +114,4 @@ def test_a_folder_is_looked_at_before_anything_starts(tmp_path: Path) -> None:
         file.write_bytes(whole)
     file.unlink()
     with pytest.raises(ModelLoadError, match=f"{file.name} is missing"):
-        check_folder(str(made))
+        asyncio.run(VllmEngine(str(made)).start())
