@@ -73,7 +73,7 @@ def fp8_operands(codes, scales):
 
 
 @triton.jit
-def half_operands(codes, scales, DTYPE: tl.constexpr):
+def half_operands(codes, scales, IS_BFLOAT16: tl.constexpr):
     """Decode a block to bfloat16 or float16.
 
     Args:
@@ -81,12 +81,12 @@ def half_operands(codes, scales, DTYPE: tl.constexpr):
         scales: `[rows, each, threads]`, uint8 (FP4) or int32 (INT4).
 
     Returns:
-        Four operands, `[rows, 64]`, of DTYPE.
+        Four operands, `[rows, 64]`, bfloat16 or float16.
     """
     if scales.dtype == tl.uint8:
-        if DTYPE == tl.bfloat16:
+        if IS_BFLOAT16:
             factors = _factors(scales, _BFLOAT16_SCALES)
-            return tl.inline_asm_elementwise(
+            w0, w1, w2, w3 = tl.inline_asm_elementwise(
                 _BFLOAT16_CODES,
                 "=r,=r,=r,=r,r,r,r",
                 [codes, spread(factors, 2, 64)],
@@ -96,7 +96,7 @@ def half_operands(codes, scales, DTYPE: tl.constexpr):
             )
         else:
             factors = _factors(scales, _FLOAT16_SCALES)
-            return tl.inline_asm_elementwise(
+            w0, w1, w2, w3 = tl.inline_asm_elementwise(
                 _FLOAT16_CODES,
                 "=r,=r,=r,=r,r,r,r",
                 [codes, spread(factors, 2, 64)],
@@ -113,8 +113,8 @@ def half_operands(codes, scales, DTYPE: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        if DTYPE == tl.bfloat16:
-            return tl.inline_asm_elementwise(
+        if IS_BFLOAT16:
+            w0, w1, w2, w3 = tl.inline_asm_elementwise(
                 _INT4_BFLOAT16_CODES,
                 "=r,=r,=r,=r,r,r,r,r,r",
                 [codes, spread(factors, 2, 64), spread(zeros, 2, 64)],
@@ -123,7 +123,7 @@ def half_operands(codes, scales, DTYPE: tl.constexpr):
                 pack=2,
             )
         else:
-            return tl.inline_asm_elementwise(
+            w0, w1, w2, w3 = tl.inline_asm_elementwise(
                 _INT4_FLOAT16_CODES,
                 "=r,=r,=r,=r,r,r,r,r,r",
                 [codes, spread(factors, 2, 64), spread(zeros, 2, 64)],
@@ -131,6 +131,7 @@ def half_operands(codes, scales, DTYPE: tl.constexpr):
                 is_pure=True,
                 pack=2,
             )
+    return w0, w1, w2, w3
 
 
 @triton.jit

@@ -37,12 +37,13 @@ def expand_half(
     codes,  # [n_out / 64, n_blocks, 64, 64], uint16
     scales,  # [n_out / 64, n_blocks, 64, THREADS, EACH], uint8 or int32
     rows,  # [n_out], float32
-    w,  # [n_out, n_in], bfloat16 or float16, columns as they are
+    w,  # [n_out, n_in], columns as they are
     n_out,
     n_in,
     n_blocks,
     THREADS: tl.constexpr,
     EACH: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.arange(0, 64)
     at = tl.arange(0, 64)
@@ -50,7 +51,7 @@ def expand_half(
     packed = tl.load(codes + stored[:, None] * 64 + at[None, :])
     offsets = scale_offsets(THREADS, EACH)
     factors = tl.load(scales + stored[:, None, None] * (THREADS * EACH) + offsets)
-    w0, w1, w2, w3 = half_operands(packed, factors, w.dtype.element_ty)
+    w0, w1, w2, w3 = half_operands(packed, factors, IS_BFLOAT16)
     # Neighbouring columns are (operand, c); join puts the operand last, so c moves behind it.
     joined = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     values = joined.reshape(64, 32, 2, 4).permute(0, 1, 3, 2).reshape(64, 32, 8)

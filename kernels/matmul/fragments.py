@@ -10,9 +10,10 @@ decoded where they are multiplied: 0.5 bytes of shared memory a weight are read,
 A block is stored for 64 rows, codes `[64, 128]` bytes and scales `[64, 4, per_thread]`, so that a
 program reads whole lines. Rows are padded to 64 and columns to 256, with codes of weight 0.
 
-FP8 (`fp8`): 8 codes in a 32-bit word, column 64 t + 16 i + 8 h + c, word (i, h, t). Bits 4c to 4c + 2
-are the magnitude of code c (what PRMT selects by), the signs of codes 0 to 3 are bits 7, 15, 23, 31,
-and those of 4 to 7 bits 3, 11, 19, 27. Codes 0 to 3 are the first operand, 4 to 7 the second.
+FP8 (`fp8`): 8 codes in a 32-bit word, column 64 t + 16 i + 8 h + c, word (i, h, t). Bits 4c to
+4c + 2 are the magnitude of code c (what PRMT selects by), the signs of codes 0 to 3 are bits 7, 15,
+23, 31, and those of 4 to 7 bits 3, 11, 19, 27. Codes 0 to 3 are the first operand, 4 to 7 the
+second.
 
 Half (`bfloat16`, `float16`, `int4-...`): 4 codes in 16 bits, column 64 t + 16 i + 8 h + 2 j + c,
 element (i, h, t, c), code j; each j is an operand. A code's bits lie where a shift takes most of
@@ -46,8 +47,8 @@ _PLACES: dict[str, tuple[tuple[int, int], ...]] = {
     "bfloat16": ((6, 15), (3, 12), (0, 9)),
     "float16": ((9, 15), (6, 12), (3, 14), (0, 13)),
 }
-# A half's scale is a byte of five exponent bits and three mantissa bits: 0 is 2^-10, NVFP4's scales,
-# 2^-9 to 448, fit as they are.
+# A half's scale is a byte of five exponent bits and three mantissa bits: 0 is 2^-10. NVFP4's scales
+# are 2^-9 to 448, and fit as they are.
 _LEAST_EXPONENT, _EXPONENTS = -10, 19
 # Codes of half kernels come out 2^7 times smaller than they are, to stay in float16's range.
 _AFTER = 2.0**7

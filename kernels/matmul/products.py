@@ -133,7 +133,7 @@ def w4a16(
             x1 = tl.load(x_at + 2, mask=in_tokens & (left > 2), other=0.0)
             x2 = tl.load(x_at + 4, mask=in_tokens & (left > 4), other=0.0)
             x3 = tl.load(x_at + 6, mask=in_tokens & (left > 6), other=0.0)
-        w0, w1, w2, w3 = half_operands(packed, factors, x.dtype.element_ty)
+        w0, w1, w2, w3 = half_operands(packed, factors, x.dtype.element_ty == tl.bfloat16)
         total = tl.dot(w0, x0.T, total)
         total = tl.dot(w1, x1.T, total)
         total = tl.dot(w2, x2.T, total)

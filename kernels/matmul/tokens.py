@@ -14,7 +14,7 @@ _TINY = tl.constexpr(1.1754943508222875e-38)  # below it a scale is no normal fl
 
 @triton.jit
 def _column_of(place):
-    """Return the column at each place: (operand, i, h, t, c) holds 64 t + 16 i + 8 h + 4 operand + c."""
+    """Return the column at each place: (o, i, h, t, c) is 64 t + 16 i + 8 h + 4 o + c."""
     inner = place % 128
     thread, i, h = inner // 4 % 4, inner // 32, inner // 16 % 2
     operand = place // 128 % 2
