@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.kernels.quantize.columns import Columns
+
 if TYPE_CHECKING:
     from trimtab.kernels.formats import Grid
 
@@ -51,23 +53,22 @@ def descend(
     curved = hessian[order][:, order].float()
     curved.diagonal().add_(curved.diagonal().mean() * damping)
     diagonal = curved.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
-    wide, codes = weight.float()[:, order], codes.clone()
-    rounded = grid.decode(codes, columns=slice(0, n_in))[:, order]
+    per_diagonal = (1 / diagonal).tolist()
+    columns = Columns(grid, order)
+    # Transposed, so that a column is contiguous.
+    wide, rounded = weight.T[order].float(), grid.decode(codes).T[order]
     for _ in range(n_sweeps):
         # Anew each sweep, so that rounding errors of the sums do not pile up.
-        pull = (wide - rounded) @ curved
+        pull = curved @ (wide - rounded)
         for start in range(0, n_in, _BLOCK):
             end = min(start + _BLOCK, n_in)
-            near, within = pull[:, start:end].clone(), curved[start:end, start:end]
-            moves = torch.zeros_like(near)
-            for i, column in enumerate(order[start:end].tolist()):
-                where = slice(column, column + 1)
-                best = rounded[:, start + i] + near[:, i] / diagonal[start + i]
-                code = grid.encode(best.unsqueeze(1), columns=where)
-                level = grid.decode(code, columns=where)[:, 0]
-                moves[:, i] = level - rounded[:, start + i]
-                rounded[:, start + i] = level
-                codes[:, where] = code
-                near -= moves[:, i : i + 1] * within[i]
-            pull -= moves @ curved[start:end]
-    return codes
+            near, within = pull[start:end], curved[start:end, start:end]
+            moves = torch.empty_like(near)
+            for i in range(start, end):
+                best = rounded[i] + near[i - start] * per_diagonal[i]
+                level = columns.nearest(i, best)
+                move = torch.sub(level, rounded[i], out=moves[i - start])
+                rounded[i] = level
+                near.addr_(within[i - start], move, alpha=-1)
+            pull[end:].addmm_(curved[end:, start:end], moves, alpha=-1)
+    return grid.encode(rounded[order.argsort()].T)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.kernels.quantize.columns import Columns
+
 if TYPE_CHECKING:
     from trimtab.kernels.formats import Grid
 
@@ -56,21 +58,20 @@ def gptq(
         else torch.arange(n_in, device=weight.device)
     )
     spread = inverse_factor(hessian[order][:, order], damping=damping)
-    left = weight.float()[:, order]  # indexing copies
-    codes = torch.empty(n_out, n_in, dtype=torch.uint8, device=weight.device)
+    per_diagonal = (1 / spread.diagonal()).tolist()
+    columns = Columns(grid, order)
+    # Transposed, so that a column is contiguous; both indexing and .float() copy.
+    left = weight.T[order].float()
+    rounded = torch.empty_like(left)
     for start in range(0, n_in, _BLOCK):
         end = min(start + _BLOCK, n_in)
-        errors = torch.empty(n_out, end - start, device=weight.device)
-        for i, column in enumerate(order[start:end].tolist(), start):
-            where = slice(column, column + 1)
-            values = left[:, i : i + 1]
-            code = grid.encode(values, columns=where)
-            error = (values - grid.decode(code, columns=where)) / spread[i, i]
-            left[:, i + 1 : end] -= error * spread[i, i + 1 : end]
-            codes[:, where] = code
-            errors[:, i - start : i - start + 1] = error
-        left[:, end:] -= errors @ spread[start:end, end:]
-    return codes
+        errors = torch.empty(end - start, n_out, device=weight.device)
+        for i in range(start, end):
+            rounded[i] = columns.nearest(i, left[i])
+            error = torch.mul(left[i] - rounded[i], per_diagonal[i], out=errors[i - start])
+            left[i + 1 : end].addr_(spread[i, i + 1 : end], error, alpha=-1)
+        left[end:].addmm_(spread[start:end, end:].T, errors, alpha=-1)
+    return grid.encode(rounded[order.argsort()].T)
 
 
 def inverse_factor(hessian: torch.Tensor, *, damping: float) -> torch.Tensor:
