@@ -10,9 +10,10 @@ import torch
 
 from trimtab.kernels.formats import nibbles
 from trimtab.kernels.formats.codebook import Codebook
-from trimtab.kernels.formats.grid import Grid, Rounding, row_chunks
+from trimtab.kernels.formats.grid import Grid, Rounding
 from trimtab.kernels.formats.packed import Packed
 from trimtab.kernels.formats.parts import Parts
+from trimtab.kernels.formats.rows import row_chunks
 
 Search = Literal["amax", "mse"]
 SEARCHES = ("amax", "mse")
@@ -75,6 +76,7 @@ class Format(ABC):
         *,
         search: Search = "amax",
         importance: torch.Tensor | None = None,
+        shared: torch.Tensor | None = None,
     ) -> Grid:
         """Choose the scales of a matrix.
 
@@ -84,12 +86,16 @@ class Format(ABC):
                 the best of several, by the squared error of rounding to nearest.
             importance: `[n_in]`, weights of the columns' squared errors, such as the mean square
                 of each input; None means all equal.
+            shared: a larger scale than the matrix's own `shared_scale`. Matrices that a server
+                multiplies as one (queries, keys and values; gate and up) must have one tensor scale
+                in NVFP4: the largest of theirs.
 
         Returns:
             The values that weights of this matrix can take.
 
         Raises:
-            ValueError: not a matrix of whole groups, NaN or infinity in it, no such search.
+            ValueError: not a matrix of whole groups, NaN or infinity in it, no such search, or a
+                shared scale that is too small.
         """
         self.check(weight.shape)
         if not weight.is_floating_point():
@@ -100,7 +106,11 @@ class Format(ABC):
         for rows in row_chunks(*weight.shape):
             if not torch.isfinite(weight[rows]).all():
                 raise ValueError(f"{self.name}: the weight holds NaN or infinity")
-        shared = self.shared_scale(weight)
+        own = self.shared_scale(weight)
+        if shared is None:
+            shared = own
+        elif own is None or bool(shared < own):
+            raise ValueError(f"{self.name}: a shared scale {shared} for a matrix that needs {own}")
         chosen = []
         for rows in row_chunks(*weight.shape):
             groups = weight[rows].float().unflatten(1, (-1, self.group_size))
@@ -131,11 +141,12 @@ class Format(ABC):
         *,
         search: Search = "amax",
         importance: torch.Tensor | None = None,
+        shared: torch.Tensor | None = None,
         rounding: Rounding = "nearest",
         generator: torch.Generator | None = None,
     ) -> Packed:
         """Choose scales, round and pack; the arguments are those of `fit` and `Grid.encode`."""
-        grid = self.fit(weight, search=search, importance=importance)
+        grid = self.fit(weight, search=search, importance=importance, shared=shared)
         return self.pack(grid.encode(weight, rounding=rounding, generator=generator), grid)
 
     def stored(self, packed: torch.Tensor, parts: Parts) -> Packed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,20 +10,11 @@ import torch
 
 from trimtab.kernels.formats.codebook import Codebook
 from trimtab.kernels.formats.parts import Parts
+from trimtab.kernels.formats.rows import row_chunks
 
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS = ("nearest", "stochastic")
-# Values worked on at once: 32 MiB in float32, so that a matrix of an 8B model takes little memory
-# beside itself.
-_CHUNK = 1 << 23
 _ALL = slice(None)
-
-
-def row_chunks(n_rows: int, n_columns: int) -> Iterator[slice]:
-    """Yield slices of rows that together hold about 8 million values each, at least one row."""
-    step = max(1, _CHUNK // max(1, n_columns))
-    for start in range(0, n_rows, step):
-        yield slice(start, min(start + step, n_rows))
 
 
 @dataclass(frozen=True, eq=False)

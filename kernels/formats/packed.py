@@ -8,8 +8,9 @@ import torch
 
 from trimtab.kernels.formats import nibbles
 from trimtab.kernels.formats.codebook import Codebook
-from trimtab.kernels.formats.grid import Grid, row_chunks
+from trimtab.kernels.formats.grid import Grid
 from trimtab.kernels.formats.parts import Parts
+from trimtab.kernels.formats.rows import row_chunks
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from trimtab.kernels.formats import FORMATS, Parts, format_named, fp8
-from trimtab.kernels.formats import grid as grid_module
+from trimtab.kernels.formats import rows as rows_module
+from trimtab.kernels.formats.recast import as_mxfp4, as_nvfp4
 
 NAMES = tuple(FORMATS)
 FLOATS = ("nvfp4", "mxfp4", "fp4-m1", "fp4-m2")
@@ -129,7 +130,7 @@ def test_chunks_of_rows_change_nothing(
     """Scales relative to a chunk's largest weight instead of the matrix's."""
     weight = gaussian(7, 256, seed=5) * torch.logspace(-2, 1, 7).unsqueeze(1)
     whole = FORMATS[name].quantize(weight, search=search)
-    monkeypatch.setattr(grid_module, "_CHUNK", 512)
+    monkeypatch.setattr(rows_module, "CHUNK", 512)
     chunked = FORMATS[name].quantize(weight, search=search)
     assert torch.equal(whole.packed, chunked.packed)
     assert torch.equal(whole.dequantize(), chunked.dequantize())
@@ -302,3 +303,55 @@ def test_a_step_of_zero_reads_as_zeros() -> None:
     codes = grid.encode(gaussian(2, 32))
     assert (codes[1, 16:] & 7 == 0).all()
     assert (grid.decode(codes)[1, 16:] == 0).all()
+
+
+@pytest.mark.parametrize("search", ["amax", "mse"])
+@pytest.mark.parametrize("name", ["nvfp4", "fp4-m2"])
+def test_matrices_that_are_multiplied_as_one_share_a_scale(name: str, search: str) -> None:
+    """vLLM takes the largest tensor scale of queries, keys and values for all three."""
+    fmt = FORMATS[name]
+    weights = [gaussian(8, 256, seed=i) * size for i, size in enumerate((0.02, 1.0, 0.3))]
+    own = [fmt.shared_scale(weight) for weight in weights]
+    shared = torch.stack([s for s in own if s is not None]).amax()
+    packed = [fmt.quantize(weight, search=search, shared=shared) for weight in weights]
+    as_file = packed if name == "nvfp4" else [as_nvfp4(p, tensor_scale=shared) for p in packed]
+    for weight, one in zip(weights, as_file, strict=True):
+        assert torch.equal(one.tensor_scale, shared)
+        assert relative_error(one.dequantize(), weight) < 0.12
+    with pytest.raises(ValueError, match="shared scale"):
+        fmt.fit(weights[1], shared=shared / 2)
+
+
+@pytest.mark.parametrize("search", ["amax", "mse"])
+@pytest.mark.parametrize("group_size", [16, 32, 128])
+def test_m2_is_nvfp4_to_the_last_bit(search: str, group_size: int) -> None:
+    """A matrix that changes when it is written is not the one whose perplexity was measured."""
+    weight = gaussian(32, 512, seed=14) * torch.logspace(-4, 0, 32).unsqueeze(1)
+    weight[3], weight[5, :128] = 0, 0
+    packed = format_named("fp4-m2", group_size=group_size).quantize(weight, search=search)
+    again = as_nvfp4(packed)
+    assert again.format == "nvfp4"
+    assert torch.equal(again.dequantize(), packed.dequantize())
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_m1_is_mxfp4_to_the_last_bit(group_size: int) -> None:
+    """An exponent that is stored with another bias."""
+    fmt = format_named("fp4-m1", group_size=group_size)
+    packed = fmt.quantize(gaussian(16, 512, seed=15), search="mse")
+    again = as_mxfp4(packed)
+    assert again.format == "mxfp4"
+    assert torch.equal(again.dequantize(), packed.dequantize())
+
+
+def test_what_does_not_fit_is_not_recast() -> None:
+    """A matrix that is rounded once more on its way into a file."""
+    far = gaussian(2, 256, seed=16) * torch.logspace(-12, 0, 256)
+    with pytest.raises(ValueError, match="octaves apart"):
+        as_nvfp4(format_named("fp4-m1", group_size=16).quantize(far))
+    with pytest.raises(ValueError, match="has no scales for 32"):
+        as_mxfp4(format_named("fp4-m1", group_size=16).quantize(far))
+    with pytest.raises(ValueError, match="MXFP4 has not"):
+        as_mxfp4(FORMATS["fp4-m2"].quantize(far))
+    with pytest.raises(ValueError, match="NVFP4 has not"):
+        as_nvfp4(FORMATS["int4"].quantize(far))
