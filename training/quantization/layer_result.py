@@ -57,7 +57,11 @@ class LayerResult:
                         found[f"{name}/{part}"] = value
             if quantized.factors is not None:
                 found |= {f"{name}/A": quantized.factors[0], f"{name}/B": quantized.factors[1]}
-        return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+        # A tensor scale that linears share is one tensor, which safetensors refuses to write twice.
+        return {
+            name: (value.clone() if value.ndim == 0 else value.detach().cpu().contiguous())
+            for name, value in found.items()
+        }
 
     def facts(self) -> dict[str, Any]:
         """Return what the tensors do not say, fit for JSON."""
