@@ -78,9 +78,13 @@ class Packed:
         """Return the matrix, `[n_out, n_in]`; arithmetic is float32 with one cast at the end."""
         dense = torch.empty(self.shape, dtype=dtype, device=self.device)
         for rows in row_chunks(*self.shape):
-            part = replace(self, packed=self.packed[rows], parts=self.parts.rows(rows))
+            part = self.rows(rows)
             dense[rows] = part.grid().decode(part.codes())
         return dense
+
+    def rows(self, which: slice) -> Packed:
+        """Return some rows of the matrix."""
+        return replace(self, packed=self.packed[which], parts=self.parts.rows(which))
 
     def to(self, device: torch.device | str) -> Packed:
         """Return the matrix on a device."""

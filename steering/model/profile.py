@@ -14,6 +14,8 @@ from trimtab.steering.artifact import ModelRef
 from trimtab.steering.model.decoder import find_decoder_layers, text_config
 from trimtab.steering.model.hooks import captured
 from trimtab.steering.model.loading import loader_for
+from trimtab.steering.model.quantized.linear import QuantizedLinear
+from trimtab.steering.model.quantized.load import without_quantization
 
 # Keys of a config that do not change what the weights compute.
 _VOLATILE = {
@@ -27,6 +29,9 @@ _VOLATILE = {
     "output_hidden_states",
     "output_attentions",
     "return_dict",
+    # A vector built on the original serves the quantised model, and the other way round.
+    "quantization_config",
+    "trimtab_quantization",
 }
 
 _SAMPLE = (
@@ -56,10 +61,14 @@ class ModelProfile:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return SHA-256 of the config and of every weight's name and shape."""
+    """Return SHA-256 of the config and of every weight's name and shape, quantised or not."""
     config: Any = model.config
     facts = _lasting(config.to_dict())
-    shapes = sorted((name, list(p.shape)) for name, p in model.named_parameters())
+    weights = [(name, list(p.shape)) for name, p in model.named_parameters()]
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            weights.append((f"{name}.weight", [module.out_features, module.in_features]))
+    shapes = sorted(weights)
     text = json.dumps([facts, shapes], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -123,7 +132,7 @@ def ref_without_weights(source: str, *, model_id: str) -> ModelRef:
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = without_quantization(AutoConfig.from_pretrained(source, trust_remote_code=False))
     with torch.device("meta"):
         model = loader_for(config).from_config(config)
     n_layers = int(text_config(model).num_hidden_layers)
