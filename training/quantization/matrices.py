@@ -9,6 +9,7 @@ import torch
 
 from trimtab.kernels.formats import Format, Fp8Matrix, Grid, Packed
 from trimtab.kernels.formats.fp8 import quantize_matrix
+from trimtab.kernels.formats.recast import as_nvfp4
 from trimtab.kernels.quantize import clip, corrected_weight, descend, gptq, lorc
 from trimtab.training.quantization.linear_inputs import LinearInputs
 from trimtab.training.quantization.settings import Precision, QuantizeSettings
@@ -63,8 +64,9 @@ def quantize_group(
         precision: `4-bit` or `fp8`.
     """
     targets = {name: _target(weight, inputs, settings) for name, weight in weights.items()}
+    made: dict[str, Packed | Fp8Matrix]
     if precision == "fp8":
-        made: dict[str, Packed | Fp8Matrix] = {n: quantize_matrix(t) for n, t in targets.items()}
+        made = {name: quantize_matrix(target) for name, target in targets.items()}
     else:
         if settings.method == "awq" and inputs is not None and inputs.n_tokens:
             targets = {
@@ -72,7 +74,11 @@ def quantize_group(
                 for name, target in targets.items()
             }
         shared = _shared_scale(targets.values(), fmt)
-        made = {n: _rounded(t, inputs, fmt, settings, shared) for n, t in targets.items()}
+        made = {}
+        for name, target in targets.items():
+            packed = _rounded(target, inputs, fmt, settings, shared)
+            # Files know M2 only as the NVFP4 matrix that it also is.
+            made[name] = as_nvfp4(packed, tensor_scale=shared) if fmt.has_row_scale else packed
     return {
         name: _measured(
             weights[name], targets[name], matrix, inputs, settings if precision == "4-bit" else None
