@@ -22,6 +22,7 @@ def descend(
     *,
     damping: float = 0.01,
     n_sweeps: int = 2,
+    served: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Improve codes under a fixed grid.
 
@@ -36,6 +37,7 @@ def descend(
         codes: to begin with, `[n_out, n_in]`, uint8; left as they are.
         damping: added to the diagonal, as a share of its mean, as in `gptq`.
         n_sweeps: how often to go over all columns.
+        served: what the codes are multiplied as where that is not the grid's values; see `Columns`.
 
     Returns:
         Better codes, `[n_out, n_in]`, uint8.
@@ -54,9 +56,9 @@ def descend(
     curved.diagonal().add_(curved.diagonal().mean() * damping)
     diagonal = curved.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
     per_diagonal = (1 / diagonal).tolist()
-    columns = Columns(grid, order)
+    columns = Columns(grid, order, served=served)
     # Transposed, so that a column is contiguous.
-    wide, rounded = weight.T[order].float(), grid.decode(codes).T[order]
+    wide, rounded = weight.T[order].float(), columns.values(codes)
     for _ in range(n_sweeps):
         # Anew each sweep, so that rounding errors of the sums do not pile up.
         pull = curved @ (wide - rounded)

@@ -23,6 +23,7 @@ def gptq(
     *,
     damping: float = 0.01,
     is_by_importance: bool = True,
+    served: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Round a matrix so that its output on the calibration inputs changes as little as it can.
 
@@ -37,6 +38,7 @@ def gptq(
         damping: added to the diagonal, as a share of its mean.
         is_by_importance: take columns with the largest diagonal first ("act-order"), so that those
             that matter most are rounded while all others can still make up for them.
+        served: what the codes are multiplied as where that is not the grid's values; see `Columns`.
 
     Returns:
         Codes, `[n_out, n_in]`, uint8.
@@ -59,7 +61,7 @@ def gptq(
     )
     spread = inverse_factor(hessian[order][:, order], damping=damping)
     per_diagonal = (1 / spread.diagonal()).tolist()
-    columns = Columns(grid, order)
+    columns = Columns(grid, order, served=served)
     # Transposed, so that a column is contiguous; both indexing and .float() copy.
     left = weight.T[order].float()
     rounded = torch.empty_like(left)

@@ -110,13 +110,12 @@ def quantize_model(
             balanced |= {f"{result.name}.{n}": exponent for n, exponent in result.exponents.items()}
             n_layers += 1
         after = nll(model, measured.rows, progress=_stage(progress, "Measuring the result"))
-        n_weights = {lr.name: model.get_submodule(lr.name).weight.numel() for lr in linears}
+        n_weights = sum(linear.n_weights for linear in linears)
         report = QuantizationReport(
             scheme=settings.scheme,
             method=settings.method,
             calibration=words.origin if settings.needs_calibration else None,
-            bits=sum(lr.bits * n_weights[lr.name] for lr in linears)
-            / max(1, sum(n_weights.values())),
+            bits=sum(linear.bits * linear.n_weights for linear in linears) / max(1, n_weights),
             n_quantized=len(linears),
             n_kept=len(kept),
             kept=kept,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from trimtab.kernels.formats import Format, fp8
+from trimtab.kernels.formats import Format
 from trimtab.training.quantization.balance import balance
 from trimtab.training.quantization.folds import find_folds
 from trimtab.training.quantization.layer_result import LayerResult
@@ -98,9 +97,7 @@ def quantize_layer(
         weights = {n: layer.get_submodule(n).weight for n in names}
         for n, quantized in quantize_group(weights, inputs, fmt, settings, precision).items():
             done[n] = quantized
-            weights[n].data.copy_(quantized.dense())
-            if settings.activations == "fp8":
-                round_inputs(layer.get_submodule(n))
+            quantized.put_into(layer, n, settings.activations)
     changed = {
         key: value.clone() for key, value in _small(layer).items() if not value.equal(before[key])
     }
@@ -128,11 +125,6 @@ def run_rows(layer: nn.Module, call: LayerCall, hidden: torch.Tensor) -> torch.T
     for i in range(len(hidden)):
         out[i] = call(layer, hidden[i : i + 1].to(device))[0]
     return out
-
-
-def round_inputs(module: nn.Module) -> Any:
-    """Have a linear's inputs rounded to FP8 a token from now on, and return the hook's handle."""
-    return module.register_forward_pre_hook(lambda m, args: (fp8.rounded_rows(args[0]),))
 
 
 def _asked(

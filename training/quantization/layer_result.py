@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from trimtab.kernels.formats import Fp8Matrix, Packed, Parts, format_named
+from trimtab.kernels.matmul import Activations
 from trimtab.training.quantization.matrices import Quantized
 
 _PARTS = ("scales", "tensor_scale", "row_scale", "zeros")
@@ -34,13 +35,12 @@ class LayerResult:
     kept: dict[str, str]
     exponents: dict[str, float]
 
-    def put_into(self, layer: nn.Module) -> None:
+    def put_into(self, layer: nn.Module, activations: Activations) -> None:
         """Give a layer the weights it has after quantisation."""
         for name, value in self.changed.items():
             layer.get_parameter(name).data.copy_(value)
         for name, quantized in self.linears.items():
-            weight = layer.get_submodule(name).weight
-            weight.data.copy_(quantized.dense())
+            quantized.put_into(layer, name, activations)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return everything as named tensors, as a file holds it."""

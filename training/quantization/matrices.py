@@ -6,11 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from trimtab.kernels.formats import Format, Fp8Matrix, Grid, Packed
 from trimtab.kernels.formats.fp8 import quantize_matrix
 from trimtab.kernels.formats.recast import as_nvfp4
+from trimtab.kernels.matmul import Activations, PreparedWeight, prepare, reference
 from trimtab.kernels.quantize import clip, corrected_weight, descend, gptq, lorc
+from trimtab.steering.model.quantized.fp8_weight import Fp8Weight
+from trimtab.steering.model.quantized.linear import QuantizedLinear
 from trimtab.training.quantization.linear_inputs import LinearInputs
 from trimtab.training.quantization.settings import Precision, QuantizeSettings
 
@@ -35,13 +39,30 @@ class Quantized:
     weight_error: float
     output_error: float | None
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return what the weight has become, with its correction, `[n_out, n_in]`."""
-        weight = self.matrix.dequantize()
-        if self.factors is not None:
-            left, right = self.factors
-            weight = weight + left.float() @ right.float()
-        return weight.to(dtype)
+    def put_into(self, layer: nn.Module, name: str, activations: Activations) -> None:
+        """Make a layer compute as it will when the quantised folder is served.
+
+        Args:
+            layer: changed in place.
+            name: of the linear in it.
+            activations: what the linear's inputs are rounded to.
+        """
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        device, dtype = linear.weight.device, linear.weight.dtype
+        matrix = self.matrix.to(device)
+        if activations == "same" and self.factors is None:
+            linear.weight.data.copy_(matrix.dequantize())
+            return
+        served = QuantizedLinear(linear.in_features, linear.out_features, dtype=dtype)
+        served.bias = linear.bias
+        made: PreparedWeight
+        if isinstance(matrix, Fp8Matrix):
+            made = Fp8Weight(matrix, device=device, dtype=dtype, activations=activations)
+        else:
+            made = prepare(matrix, device=device, dtype=dtype, activations=activations)
+        served.fill(made, low_rank=self.factors)
+        layer.set_submodule(name, served)
 
 
 def quantize_group(
@@ -110,15 +131,20 @@ def _rounded(
     grid = fmt.fit(
         target, search="amax" if is_plain else "mse", importance=importance, shared=shared
     )
-    return fmt.pack(_codes(target, inputs, grid, settings), grid)
+    return fmt.pack(_codes(target, inputs, grid, fmt, settings), grid)
 
 
 def _codes(
-    target: torch.Tensor, inputs: LinearInputs | None, grid: Grid, settings: QuantizeSettings
+    target: torch.Tensor,
+    inputs: LinearInputs | None,
+    grid: Grid,
+    fmt: Format,
+    settings: QuantizeSettings,
 ) -> torch.Tensor:
     if not settings.is_feedback or inputs is None or not inputs.n_tokens:
         return grid.encode(target)
-    codes = gptq(target, inputs.hessian, grid, damping=settings.damping)
+    served = _served_levels(grid, fmt) if settings.activations == "fp8" else None
+    codes = gptq(target, inputs.hessian, grid, damping=settings.damping, served=served)
     return descend(
         target,
         inputs.hessian,
@@ -126,7 +152,20 @@ def _codes(
         codes,
         damping=settings.damping,
         n_sweeps=settings.n_sweeps,
+        served=served,
     )
+
+
+def _served_levels(grid: Grid, fmt: Format) -> torch.Tensor | None:
+    """Return what W4A8 multiplies codes 0 to 7 of each group as, `[n_out, n_groups, 8]`, or None."""
+    if grid.codebook.name != "e2m1":
+        return None
+    levels = []
+    for code in range(8):
+        packed = fmt.pack(torch.full(grid.shape, code, dtype=torch.uint8, device=grid.step.device), grid)
+        dense = reference.weight(packed, activations="fp8")
+        levels.append(dense[:, :: grid.group_size])
+    return torch.stack(levels, -1)
 
 
 def _measured(

@@ -18,6 +18,7 @@ class LinearReport:
     Attributes:
         name: in the model.
         format: what it is stored in.
+        n_weights: in it.
         bits: a weight, scales and correction included.
         weight_error: |W - W'| / |W|.
         output_error: the same of its outputs on the calibration text, or None.
@@ -25,6 +26,7 @@ class LinearReport:
 
     name: str
     format: str
+    n_weights: int
     bits: float
     weight_error: float
     output_error: float | None
@@ -97,6 +99,7 @@ def linear_reports(results: Sequence[LayerResult]) -> list[LinearReport]:
                 LinearReport(
                     name=f"{result.name}.{name}",
                     format="fp8" if isinstance(matrix, Fp8Matrix) else matrix.format,
+                    n_weights=n_out * n_in,
                     bits=8 * n_bytes / (n_out * n_in),
                     weight_error=quantized.weight_error,
                     output_error=quantized.output_error,

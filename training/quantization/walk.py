@@ -13,7 +13,6 @@ from trimtab.steering.errors import DataError, ModelLoadError
 from trimtab.training.quantization.layer import (
     Streams,
     quantize_layer,
-    round_inputs,
     run_rows,
     run_streams,
 )
@@ -113,9 +112,6 @@ def _again(
 ) -> Streams:
     """Put a layer of an earlier run in place, and run the rows through it."""
     true = None if streams.true is None else run_rows(layer, call, streams.true)
-    result.put_into(layer)
-    if settings.activations == "fp8":
-        for name in result.linears:
-            round_inputs(layer.get_submodule(name))
+    result.put_into(layer, settings.activations)
     done = run_streams(layer, call, Streams(streams.quantized, None), original=None)
     return Streams(done.quantized, true)
