@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from toys import TOYS
 from tokenizers import Tokenizer, models
 from torch import nn
+from toys import TOYS
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.kernels.formats import format_named, fp8

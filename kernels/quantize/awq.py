@@ -43,7 +43,8 @@ def awq_scale(magnitude: torch.Tensor, exponent: float) -> torch.Tensor:
         magnitude: mean |x| of each input over the tokens, `[n_in]`.
         exponent: 0 to 1.
 
-    Source: mit-han-lab/llm-awq auto_scale.py (`_search_module_scale`); arXiv 2306.00978, equation 5.
+    Source: mit-han-lab/llm-awq auto_scale.py (`_search_module_scale`); arXiv 2306.00978, equation
+    5.
     """
     scale = magnitude.float().pow(exponent).clamp_min(_SMALLEST)
     scale = scale / (scale.max() * scale.min()).sqrt()

@@ -17,8 +17,9 @@ class Columns:
         grid: the levels.
         order: which column of the matrix comes when, `[n_in]`, int64.
         served: what codes 0 to 7 are multiplied as, `[n_out, n_groups, 8]`, float32, where that is
-            not quite what they stand for (FP4 as FP8); codes 8 to 15 are their negatives. Values are
-            rounded by the grid and come out as served, so that whoever makes up for errors sees all.
+            not quite what they stand for (FP4 as FP8); codes 8 to 15 are their negatives. Values
+            are rounded by the grid and come out as served, so that whoever makes up for errors sees
+            all.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Columns:
         return (self._rounded(values * self._per_unit[i] + zero) - zero) * self._step[i]
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return what codes `[n_out, n_in]` of the matrix are, `[n_in, n_out]`, columns in order."""
+        """Return what codes `[n_out, n_in]` are, `[n_in, n_out]`, columns in order."""
         if self._served is None:
             return self._grid.decode(codes).T[self._order]
         ordered = codes.T[self._order].long()

@@ -26,8 +26,8 @@ def descend(
 ) -> torch.Tensor:
     """Improve codes under a fixed grid.
 
-    GPTQ settles each weight once, when later columns are still exact. Here each column's weights are
-    set to the best level given all others, column after column; the squared error of the output
+    GPTQ settles each weight once, when later columns are still exact. Here each column's weights
+    are set to the best level given all others, column after column; the squared error of the output
     never grows.
 
     Args:
@@ -45,8 +45,8 @@ def descend(
     Raises:
         ValueError: the shapes do not fit.
 
-    Source: QuantEase, arXiv 2309.01885, algorithm 1. Differs: starts from GPTQ's codes instead of the
-        nearest, and columns go by importance.
+    Source: QuantEase, arXiv 2309.01885, algorithm 1. Differs: starts from GPTQ's codes instead of
+        the nearest, and columns go by importance.
     """
     n_in = weight.shape[1]
     if hessian.shape != (n_in, n_in):

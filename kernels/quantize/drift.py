@@ -18,8 +18,8 @@ def corrected_weight(
         weight: `[n_out, n_in]`, any float.
         hessian: `X'^T X'`, `[n_in, n_in]`, float32.
         drift: `(X - X')^T X'`, `[n_in, n_in]`, float32, in the Hessian's unit.
-        damping: added to the Hessian's diagonal, as a share of its mean: how much the correction may
-            lean on directions that the calibration text hardly shows.
+        damping: added to the Hessian's diagonal, as a share of its mean: how much the correction
+            may lean on directions that the calibration text hardly shows.
 
     Returns:
         `[n_out, n_in]`, float32; the weight itself where nothing has drifted.

@@ -33,8 +33,8 @@ def mse(
     Args:
         weight: `[n_out, n_in]`, any float.
         fmt: the format.
-        importance: weighs the columns' squared errors, `[n_in]`; the mean square of each input makes
-            the error the output's, if inputs were uncorrelated.
+        importance: weighs the columns' squared errors, `[n_in]`; the mean square of each input
+            makes the error the output's, if inputs were uncorrelated.
 
     Returns:
         Codes, `[n_out, n_in]`, uint8, and their grid.

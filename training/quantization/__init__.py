@@ -1,1 +1,1 @@
-"""Four-bit weights from a loaded model: calibration text, the walk through its layers, the report."""
+"""Four-bit weights from a loaded model: calibration text, walk through its layers, report."""

@@ -12,7 +12,7 @@ from trimtab.kernels.formats import Format
 from trimtab.kernels.quantize import AwqChoice, search_scale
 from trimtab.steering.model.decoder import hidden_of
 from trimtab.training.quantization.folds import Fold, apply_fold
-from trimtab.training.quantization.layer_runs import LayerCall
+from trimtab.training.quantization.layer_runs import LayerCall, linears
 from trimtab.training.quantization.linear_inputs import common_parent
 
 _SAMPLE_ROWS = 8
@@ -42,7 +42,7 @@ def balance(
     """
     block = layer.get_submodule(common_parent(layer, fold.linears))
     runs = _calls_of(block, layer, call, hidden[:_SAMPLE_ROWS].to(magnitude.device))
-    modules = [layer.get_submodule(name) for name in fold.linears]
+    modules = [linears(layer)[name] for name in fold.linears]
     weights = [module.weight.detach().clone() for module in modules]
     wanted = [hidden_of(block(*args, **kwargs)).float() for args, kwargs in runs]
 

@@ -51,6 +51,7 @@ def quantize_model(
     text: Callable[[], CalibrationText],
     text_name: str,
     measure: Measure | None = None,
+    is_measured: bool = True,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Quantise a model into a folder that both engines, vLLM and transformers can load.
@@ -65,6 +66,7 @@ def quantize_model(
         text: gives the calibration text; called once for a target, not again after an interruption.
         text_name: what tells this text from others: a file's hash, or the seed and its size.
         measure: what to measure perplexity on; None takes the rows that calibration leaves out.
+        is_measured: whether to measure it at all.
         progress: told of a stage's name, and steps done and in all.
 
     Raises:
@@ -92,7 +94,9 @@ def quantize_model(
             folder.keep_text(words)
         measured = measure or Measure(words.held, f"{words.origin}, those left out")
         model = loaded.model
-        before = nll(model, measured.rows, progress=_stage(progress, "Measuring the original"))
+        before = after = None
+        if is_measured:
+            before = nll(model, measured.rows, progress=_stage(progress, "Measuring the original"))
         begun = begin_walk(model, words.ids, settings)
         if settings.mixed is not None:
             found = sensitivities(
@@ -109,7 +113,8 @@ def quantize_model(
             kept |= {f"{result.name}.{name}": why for name, why in result.kept.items()}
             balanced |= {f"{result.name}.{n}": exponent for n, exponent in result.exponents.items()}
             n_layers += 1
-        after = nll(model, measured.rows, progress=_stage(progress, "Measuring the result"))
+        if is_measured:
+            after = nll(model, measured.rows, progress=_stage(progress, "Measuring the result"))
         n_weights = sum(linear.n_weights for linear in linears)
         report = QuantizationReport(
             scheme=settings.scheme,
@@ -124,7 +129,7 @@ def quantize_model(
             bytes_after=0,
             nll_before=before,
             nll_after=after,
-            measured_on=measured.name,
+            measured_on=measured.name if is_measured else None,
             linears=tuple(linears),
         )
         done = _write(source, target, folder, model, n_layers, settings, report, progress, facts)
@@ -173,7 +178,9 @@ def _write(
         part = f"rest-{i:05d}"
         if part not in writer.parts:
             # What was loaded in half precision is served in it; a float32 source need not be kept.
-            tensors = {n: t.to(model.dtype) if t.dtype == torch.float32 else t for n, t in shard.items()}
+            tensors = {
+                n: t.to(model.dtype) if t.dtype == torch.float32 else t for n, t in shard.items()
+            }
             writer.write(part, matrices={}, tensors=tensors)
     quantized_names = {lr.name for lr in report.linears}
     ignore = [
@@ -217,7 +224,9 @@ def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] |
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings with every value as JSON gives it back, so that they can be compared."""
-    return {k: [list(pair) for pair in v] if isinstance(v, tuple) else v for k, v in settings.items()}
+    return {
+        k: [list(pair) for pair in v] if isinstance(v, tuple) else v for k, v in settings.items()
+    }
 
 
 def _fields(report: QuantizationReport) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""The text quantisation is calibrated on: the model's own by default, so that no data is needed.
+"""The text quantisation is calibrated on: no data is needed, the model writes half of it.
 
-What a model writes has its own distribution of hidden states, which is what rounding has to spare.
-Every row begins with a bundled prompt (encyclopedic prose, questions, answers in several styles)
-and is continued by sampling; where the model ends its text, the next prompt begins.
+One half is bundled: questions with answers in several styles, in the model's chat template. The
+other the model samples itself from bundled beginnings; where it ends a text, the next one begins.
+What a model writes shows the states it is used in, rare tokens among them; what it was given shows
+states it would not have come to by itself.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 
 from trimtab.steering.errors import DataError
+from trimtab.training.scoring import answer_of
 from trimtab.training.vectors.neutral import neutral_questions, neutral_text
 from trimtab.training.vectors.pairs import concept, concepts
 
 # A start longer than this leaves the row to us instead of to the model.
 _START_TOKENS = 24
 _AT_ONCE = 32
+_CACHES = ("past_key_values", "cache_params")  # attention's name for it, and state-space models'
 
 Progress = Callable[[int, int], None]
 
@@ -75,13 +78,7 @@ def text_from_file(
     Raises:
         DataError: no such file, no text, or fewer than two rows in it.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"There is no file {str(path)!r} to calibrate on.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}.") from error
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokens_of(path, tokenizer)
     n_there = len(ids) // n_tokens
     if n_there < 2:
         raise DataError(
@@ -94,7 +91,20 @@ def text_from_file(
     return split_rows(rows[chosen], origin=f"{len(chosen)} rows of {path.name}")
 
 
-def own_text(
+def tokens_of(path: Path, tokenizer: Any) -> list[int]:
+    """Return the tokens of a UTF-8 text file, without special ones.
+
+    Raises:
+        DataError: it is not there, or no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}.") from error
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def default_text(
     model: Any,
     tokenizer: Any,
     *,
@@ -103,7 +113,52 @@ def own_text(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CalibrationText:
-    """Let the model write its calibration text from the bundled prompts.
+    """Return bundled and self-written rows in turn; what the bundle lacks, the model writes.
+
+    Args:
+        model: a causal language model in eval mode.
+        tokenizer: its tokenizer.
+        n_rows: wanted, at least two.
+        n_tokens: of a row.
+        seed: of everything that is drawn.
+        progress: told of tokens written by the model and in all.
+    """
+    given = bundled_rows(tokenizer, n_tokens=n_tokens, seed=seed)[: n_rows // 2]
+    n_own = n_rows - len(given)
+    own = own_rows(model, tokenizer, n_rows=n_own, n_tokens=n_tokens, seed=seed, progress=progress)
+    n_pairs = len(given)
+    rows = torch.cat([torch.stack([own[:n_pairs], given], 1).flatten(0, 1), own[n_pairs:]])
+    origin = f"{n_own} rows of {n_tokens} tokens by the model itself, {n_pairs} bundled"
+    return split_rows(rows, origin=origin)
+
+
+def bundled_rows(tokenizer: Any, *, n_tokens: int, seed: int = 0) -> torch.Tensor:
+    """Return the bundled questions and answers as rows, `[n_rows, n_tokens]`, int64.
+
+    Only what vectors are built from: what they are measured on stays unseen.
+    """
+    said = [
+        answer_of(tokenizer, pair.prompt, text).ids
+        for name in concepts()
+        for pair in concept(name).build
+        for text in (pair.preferred, pair.dispreferred)
+    ]
+    random.Random(seed).shuffle(said)
+    ids = [token for tokens in said for token in tokens]
+    n_rows = len(ids) // n_tokens
+    return torch.tensor(ids[: n_rows * n_tokens], dtype=torch.int64).view(n_rows, n_tokens)
+
+
+def own_rows(
+    model: Any,
+    tokenizer: Any,
+    *,
+    n_rows: int,
+    n_tokens: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Let the model write rows from the bundled beginnings.
 
     Sampled at temperature 1 from the whole distribution: cut tails (top-p) would hide the rare
     tokens whose states are the outliers. Rows go side by side; a prompt's tokens are fed in place
@@ -117,6 +172,9 @@ def own_text(
         seed: of prompts' order and of the samples.
         progress: told of tokens written and in all.
 
+    Returns:
+        `[n_rows, n_tokens]`, int64.
+
     Source: data-free calibration by the model's own samples is LLM-QAT's, arXiv 2305.17888,
         section 3.1. Differs: samples start from prompts of several kinds, not from single tokens,
         because a small model that starts from nothing mostly writes one kind of text.
@@ -126,7 +184,7 @@ def own_text(
     generator = torch.Generator().manual_seed(seed)
     rows: list[list[int]] = []
     total = n_rows * n_tokens
-    while len(rows) < n_rows:
+    while len(rows) < n_rows:  # none, if none are wanted
         n_now = min(_AT_ONCE, n_rows - len(rows))
 
         def written(n: int, before: int = len(rows) * n_tokens, n_now: int = n_now) -> None:
@@ -134,7 +192,7 @@ def own_text(
                 progress(before + n * n_now, total)
 
         rows += _write(model, n_now, n_tokens, starts, ends, generator, written)
-    return split_rows(torch.tensor(rows), origin=f"{n_rows} rows the model wrote itself")
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 @torch.inference_mode()
@@ -151,11 +209,16 @@ def _write(
     device = next(model.parameters()).device
     forced = [next(starts)[::-1] for _ in range(n_rows)]
     rows: list[list[int]] = [[queue.pop()] for queue in forced]
-    cache = None
+    cache: dict[str, Any] = {}
     for step in range(1, n_tokens):
         last = torch.tensor([[row[-1]] for row in rows], device=device)
-        output = model(input_ids=last, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=last, use_cache=True, **cache)
+        cache = {name: output[name] for name in _CACHES if output.get(name) is not None}
+        if not cache:
+            raise DataError(
+                f"A {type(model).__name__} keeps no cache that trimtab knows and would write text "
+                "for hours: give a text with --calibration FILE."
+            )
         # Drawn on the CPU, so that a seed gives the same text wherever the logits are the same.
         chances = output.logits[:, -1].float().softmax(-1).cpu()
         drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].tolist()

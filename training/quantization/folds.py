@@ -13,8 +13,8 @@ from torch import nn
 from trimtab.training.quantization.layer_runs import LayerCall, linears
 
 Kind = Literal["norm", "norm+1", "rows", "none"]
-# A fold that holds leaves float32 rounding of what the scales alone would change; one that does not,
-# about as much as they change.
+# A fold that holds leaves float32 rounding of what the scales alone would change; one that does
+# not, about as much as they change.
 _CLOSE = 0.01
 
 
@@ -25,8 +25,8 @@ class Fold:
     Attributes:
         before: its name in the layer.
         kind: `norm` (a weight a channel), `norm+1` (one that is used as 1 + weight), or `rows`
-            (a linear whose rows are those channels). `none` divides nowhere: half a fold, to see what
-            the scales alone would change.
+            (a linear whose rows are those channels). `none` divides nowhere: half a fold, to see
+            what the scales alone would change.
         linears: names of the linears that read what it makes.
     """
 
@@ -40,7 +40,8 @@ def find_folds(
 ) -> tuple[Fold, ...]:
     """Find the folds of a layer, tried on a float32 copy: the layer's output may not change.
 
-    Nothing is known of architectures: every module whose channels match is tried with random scales,
+    Nothing is known of architectures: every module whose channels match is tried with random
+    scales,
     and kept if dividing there and multiplying the group's columns leaves the output as it was. So a
     norm whose output something else reads as well, or a value projection whose heads are shared, is
     no fold.
@@ -65,8 +66,10 @@ def find_folds(
         n_in = linears(trial)[names[0]].in_features
         scale = torch.empty(n_in).uniform_(0.5, 2.0, generator=generator).to(device)
 
-        def changed_by(fold: Fold, names: Sequence[str] = names, scale: torch.Tensor = scale) -> float:
-            """Return how far the output is off, first token aside, whose outliers drown the rest."""
+        def changed_by(
+            fold: Fold, names: Sequence[str] = names, scale: torch.Tensor = scale
+        ) -> float:
+            """Return how far the output is off, the first token's outliers aside."""
             kept = [(p, p.detach().clone()) for p in _touched(trial, fold)]
             apply_fold(trial, fold, scale)
             got = alone(trial, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -65,7 +66,9 @@ def quantize_layer(
     exponents: dict[str, float] = {}
     if settings.method in ("awq", "awq+gptq"):
         for fold in find_folds(layer, call, row, groups):
-            if _asked(fold.linears, name, precisions) == "4-bit" and _fits(layer, fold.linears, fmt):
+            if _asked(fold.linears, name, precisions) == "4-bit" and _fits(
+                layer, fold.linears, fmt
+            ):
                 read = read_inputs(layer, call, streams.quantized, fold.linears[0])
                 choice = balance(layer, call, streams.quantized, fold, read.magnitude, fmt)
                 exponents[fold.before] = choice.exponent
@@ -73,7 +76,7 @@ def quantize_layer(
     if streams.true is not None:
         original = (copy.deepcopy(layer), streams.true)
     done: dict[str, Quantized] = {}
-    kept = {n: "it did not run on text" for n in linears(layer) if n not in sum(groups, [])}
+    kept = {n: "it did not run on text" for n in linears(layer) if n not in chain(*groups)}
     for names in groups:
         precision = _asked(names, name, precisions)
         if precision == "4-bit" and not _fits(layer, names, fmt):
@@ -94,7 +97,7 @@ def quantize_layer(
                 activations=settings.activations,
                 original=original,
             )
-        weights = {n: layer.get_submodule(n).weight for n in names}
+        weights = {n: linears(layer)[n].weight for n in names}
         for n, quantized in quantize_group(weights, inputs, fmt, settings, precision).items():
             done[n] = quantized
             quantized.put_into(layer, n, settings.activations)
@@ -127,9 +130,7 @@ def run_rows(layer: nn.Module, call: LayerCall, hidden: torch.Tensor) -> torch.T
     return out
 
 
-def _asked(
-    names: Sequence[str], layer_name: str, precisions: Mapping[str, Precision]
-) -> Precision:
+def _asked(names: Sequence[str], layer_name: str, precisions: Mapping[str, Precision]) -> Precision:
     """Return the highest precision that is asked for any of the linears: they are served as one."""
     asked = {precisions.get(f"{layer_name}.{n}", "4-bit") for n in names}
     return "kept" if "kept" in asked else "fp8" if "fp8" in asked else "4-bit"

@@ -95,7 +95,10 @@ def layer_from(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) ->
             )
         else:
             fmt = format_named(said["format"], group_size=said["group_size"])
-            parts = Parts(**{part: tensors.get(f"{name}/{part}") for part in _PARTS})
+            parts = Parts(
+                tensors[f"{name}/scales"],
+                *(tensors.get(f"{name}/{part}") for part in _PARTS[1:]),
+            )
             matrix = fmt.stored(tensors[f"{name}/packed"], parts)
         left = tensors.get(f"{name}/A")
         factors = None if left is None else (left, tensors[f"{name}/B"])

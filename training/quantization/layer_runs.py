@@ -1,4 +1,4 @@
-"""Run a model's decoder layers one at a time on calibration rows, and read what their linears get."""
+"""Run a model's decoder layers one at a time on calibration rows; read what their linears get."""
 
 from __future__ import annotations
 

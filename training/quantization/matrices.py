@@ -74,8 +74,8 @@ def quantize_group(
 ) -> dict[str, Quantized]:
     """Quantise linears that read the same input.
 
-    They share what their format has a single one of (NVFP4's tensor scale), because servers multiply
-    them as one matrix.
+    They share what their format has a single one of (NVFP4's tensor scale), because servers
+    multiply them as one matrix.
 
     Args:
         weights: name -> `[n_out, n_in]`; after AWQ's scaling, if any.
@@ -157,12 +157,14 @@ def _codes(
 
 
 def _served_levels(grid: Grid, fmt: Format) -> torch.Tensor | None:
-    """Return what W4A8 multiplies codes 0 to 7 of each group as, `[n_out, n_groups, 8]`, or None."""
+    """Return what W4A8 multiplies codes 0 to 7 as, `[n_out, n_groups, 8]`; None of integers."""
     if grid.codebook.name != "e2m1":
         return None
     levels = []
     for code in range(8):
-        packed = fmt.pack(torch.full(grid.shape, code, dtype=torch.uint8, device=grid.step.device), grid)
+        packed = fmt.pack(
+            torch.full(grid.shape, code, dtype=torch.uint8, device=grid.step.device), grid
+        )
         dense = reference.weight(packed, activations="fp8")
         levels.append(dense[:, :: grid.group_size])
     return torch.stack(levels, -1)

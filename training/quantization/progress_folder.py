@@ -80,8 +80,8 @@ class ProgressFolder:
         if other:
             said = "; ".join(f"{k} was {earlier.get(k)!r}, now {facts.get(k)!r}" for k in other)
             raise DataError(
-                f"{str(self.folder)!r} holds an interrupted run that differs: {said}. Give the same "
-                f"options to go on with it, or delete it with `rm -r {self.folder}` to begin anew."
+                f"{str(self.folder)!r} holds an interrupted run that differs: {said}. Give the "
+                f"same options to go on with it, or `rm -r {self.folder}` to begin anew."
             )
         done = 0
         while self._layer_path(done).is_file():
@@ -133,9 +133,7 @@ class ProgressFolder:
     def _layer_path(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}.safetensors"
 
-    def _save(
-        self, path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
-    ) -> None:
+    def _save(self, path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         part = path.with_suffix(".part")
         save_file(tensors, part, metadata=metadata)
         self._settle(part, path)

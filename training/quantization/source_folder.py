@@ -64,8 +64,8 @@ class SourceFolder:
         alike = self._by_words.get(_words(parameter), [])
         if len(alike) != 1:
             raise ModelLoadError(
-                f"{self.path} has no tensor for {parameter!r} that could be replaced by a quantised "
-                f"one (found {listed(alike)})."
+                f"{self.path} has no tensor for {parameter!r} that could be replaced by a "
+                f"quantised one (found {listed(alike)})."
             )
         return alike[0]
 

@@ -61,8 +61,8 @@ def begin_walk(model: Any, ids: torch.Tensor, settings: QuantizeSettings) -> Wal
     }
     if not names:
         raise ModelLoadError(
-            f"The decoder layers of this {type(model).__name__} hold no nn.Linear, and nothing else "
-            "can be quantised. Serve the model as it is."
+            f"The decoder layers of this {type(model).__name__} hold no nn.Linear, and nothing "
+            "else can be quantised. Serve the model as it is."
         )
     for pattern, _ in settings.keep:
         if not any(QuantizeSettings(keep=((pattern, "bf16"),)).kept(n) == "kept" for n in names):
