@@ -187,19 +187,13 @@ class SteeredBatch:
         counts = None if request is None else request.count(len(ids))
         return logits[len(answer.prompt) - 1 :], counts
 
-    def check(
-        self,
-        answers: Mapping[str, Answered],
-        plans: Mapping[str, Plan | None],
-        *,
-        bound: float = BOUND,
-    ) -> None:
+    def check(self, answers: Mapping[str, Answered], plans: Mapping[str, Plan | None]) -> None:
         """Compare answers with the reference: logits, steering that shows, receipts."""
         for name, answer in answers.items():
             plan = plans[name]
             logits, counts = self.reference(answer, plan)
             assert answer.inbox.failure is None, name
-            assert distance(answer, logits) <= bound, name
+            assert distance(answer, logits) <= BOUND, name
             if plan is None or counts is None:
                 continue
             assert answer.inbox.is_applied, name
