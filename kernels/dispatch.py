@@ -13,6 +13,9 @@ import torch
 
 Implementation = Literal["triton", "torch"]
 
+MAX_WIDTH = 16384
+"""The widest row that a Triton program holds in its registers; no model known has a wider one."""
+
 logger = logging.getLogger(__name__)
 _forced: Implementation | None = None
 

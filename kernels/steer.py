@@ -20,10 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from trimtab.kernels.dispatch import runs_triton
+from trimtab.kernels.dispatch import MAX_WIDTH, runs_triton
 
 _TINY = 1e-20  # a norm below it is none
-_MAX_WIDTH = 16384  # the widest row that the Triton kernel's program holds in registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,8 +192,7 @@ def shift(
 
 
 def _runs_triton(*tensors: torch.Tensor) -> bool:
-    # A row wider than a program's registers hold goes the long way; no model known has one.
-    return runs_triton(*tensors) and tensors[0].shape[1] <= _MAX_WIDTH
+    return runs_triton(*tensors) and tensors[0].shape[1] <= MAX_WIDTH
 
 
 def _check(

@@ -274,6 +274,32 @@ def _shift(
     tl.store(target, shifted.to(out.dtype.element_ty), mask=is_entry)
 
 
+@triton.jit(do_not_specialize_on_alignment=["asked"])
+def keep_norm(
+    h,
+    changed,
+    asked,
+    out,
+    h_token,
+    h_entry,
+    asked_token,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Round rows `changed`, `[n_tokens, WIDTH]`, to `out`, at |h| where `asked`.
+
+    A row that is what it was keeps its bits: its ratio is 1.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    is_entry = at < WIDTH
+    row = tl.load(changed + token * WIDTH + at, mask=is_entry, other=0.0)
+    if tl.load(asked + token * asked_token).to(tl.int32) != 0:
+        x = tl.load(h + token * h_token + at * h_entry, mask=is_entry, other=0.0)
+        row = _with_norm_of(x.to(tl.float32), row)
+    tl.store(out + token * WIDTH + at, row.to(out.dtype.element_ty), mask=is_entry)
+
+
 @triton.jit
 def _without(steered, h, gate, pairs, low_a, low_b, at, WIDTH: tl.constexpr, RANK: tl.constexpr):
     """Return `steered` less the gate's share of a (b . h) of each of a slot's pairs."""
