@@ -23,7 +23,8 @@ MOST_LABELS = 64
 """Labels whose logits a program holds in registers."""
 
 _TOKENS = 16  # of a program; the tensor cores' least
-_BLOCK = 32  # units of a layer at once; with 64 and four warps registers spill
+_BLOCK = 32  # units of a layer at once; with 64 registers spill
+_COLUMNS = 128  # of the residual stream that a program of `apply` changes
 _LEAST = 16  # a product's least size in every direction
 
 
@@ -104,12 +105,7 @@ def steps(
             IS_EXCLUSIVE=is_exclusive,
             HAS_RIVAL=has_rival,
             HAS_UNTIL=has_until,
-            TOKENS=_TOKENS,
-            IN=min(_BLOCK, _padded(d_in)),
-            MID=min(_BLOCK, _padded(d_mid)),
-            LABELS=_padded(n_labels),
-            num_warps=4,
-            num_stages=2,
+            **launched(d_in=d_in, d_mid=d_mid, n_labels=n_labels),
         )
     return total
 
@@ -142,9 +138,9 @@ def apply(
         return out
     # A norm is over the whole row: then a second launch reads what is not yet rounded.
     wide = out if keeps_norm is None else torch.empty_like(out, dtype=torch.float32)
-    d_in, columns = w_in.shape[0], 128
+    d_in = w_in.shape[0]
     with torch.cuda.device_of(hidden):
-        _apply[(triton.cdiv(n_tokens, _TOKENS), triton.cdiv(width, columns))](
+        _apply[(triton.cdiv(n_tokens, _TOKENS), triton.cdiv(width, _COLUMNS))](
             hidden,
             total,
             w_in,
@@ -156,11 +152,7 @@ def apply(
             *sizes.stride(),
             D_IN=d_in,
             WIDTH=width,
-            TOKENS=_TOKENS,
-            UNITS=min(_BLOCK, _padded(d_in)),
-            COLUMNS=columns,
-            num_warps=8,
-            num_stages=2,
+            **launched(d_in=d_in),
         )
         if keeps_norm is not None:
             block = triton.next_power_of_2(width)
@@ -176,6 +168,15 @@ def apply(
                 num_warps=warps(block),
             )
     return out
+
+
+def launched(*, d_in: int, d_mid: int | None = None, n_labels: int = 0) -> dict[str, int]:
+    """Return the sizes of a program of `steps`, or of `apply` if no middle layer is named."""
+    units = min(_BLOCK, _padded(d_in))
+    if d_mid is None:
+        return {"TOKENS": _TOKENS, "UNITS": units, "COLUMNS": _COLUMNS, "num_warps": 8}
+    others = {"MID": min(_BLOCK, _padded(d_mid)), "LABELS": _padded(n_labels)}
+    return {"TOKENS": _TOKENS, "IN": units, **others, "num_warps": 8}
 
 
 def _padded(n: int) -> int:

@@ -1,0 +1,10 @@
+"""4-bit and 8-bit formats of weights: levels, scales, rounding, packing. Plain torch."""
+
+from trimtab.kernels.formats.codebook import Codebook
+from trimtab.kernels.formats.format import Format
+from trimtab.kernels.formats.grid import Grid
+from trimtab.kernels.formats.packed import Packed
+from trimtab.kernels.formats.parts import Parts
+from trimtab.kernels.formats.registry import FORMATS, format_named
+
+__all__ = ["FORMATS", "Codebook", "Format", "Grid", "Packed", "Parts", "format_named"]
