@@ -260,11 +260,11 @@ def _steps(
         else:
             logits = tl.zeros((TOKENS, LABELS), tl.float32)
             logits += tl.load(b_out + label, mask=is_label, other=0.0)[None, :]
-            for j in range(0, D_MID, MID):
+            for j in tl.range(0, D_MID, MID, num_stages=2):
                 middle = j + tl.arange(0, MID)
                 units = tl.zeros((TOKENS, MID), tl.float32)
                 units += tl.load(b_mid + middle, mask=middle < D_MID, other=0.0)[None, :]
-                for i in range(0, D_IN, IN):
+                for i in tl.range(0, D_IN, IN, num_stages=2):
                     entry = i + tl.arange(0, IN)
                     below = tl.maximum(_rows(z, token, entry, n_tokens, D_IN), 0.0)
                     units += _times(below, _block(w_mid, entry, middle, D_IN, D_MID, 1, D_IN))
@@ -289,16 +289,16 @@ def _steps(
             _put(u, slope, token, label, n_tokens, D_IN)
         else:
             tl.debug_barrier()
-            for j in range(0, D_MID, MID):
+            for j in tl.range(0, D_MID, MID, num_stages=2):
                 middle = j + tl.arange(0, MID)
                 from_above = _times(slope, _block(w_out, label, middle, N_LABELS, D_MID, D_MID, 1))
                 is_above = _rows(inner, token, middle, n_tokens, D_MID) > 0
                 _put(back, tl.where(is_above, from_above, 0.0), token, middle, n_tokens, D_MID)
             tl.debug_barrier()
-            for i in range(0, D_IN, IN):
+            for i in tl.range(0, D_IN, IN, num_stages=2):
                 entry = i + tl.arange(0, IN)
                 down = tl.zeros((TOKENS, IN), tl.float32)
-                for j in range(0, D_MID, MID):
+                for j in tl.range(0, D_MID, MID, num_stages=2):
                     middle = j + tl.arange(0, MID)
                     from_above = _rows(back, token, middle, n_tokens, D_MID)
                     down += _times(from_above, _block(w_mid, middle, entry, D_MID, D_IN, D_IN, 1))
@@ -308,10 +308,10 @@ def _steps(
         # Where u moves z, and how long it is in the wide space.
         squared = tl.zeros((TOKENS,), tl.float32)
         along = tl.zeros((TOKENS,), tl.float32)
-        for i in range(0, D_IN, IN):
+        for i in tl.range(0, D_IN, IN, num_stages=2):
             entry = i + tl.arange(0, IN)
             among = tl.zeros((TOKENS, IN), tl.float32)
-            for j in range(0, D_IN, IN):
+            for j in tl.range(0, D_IN, IN, num_stages=2):
                 other = j + tl.arange(0, IN)
                 by = _rows(u, token, other, n_tokens, D_IN)
                 among += _times(by, _block(gram, other, entry, D_IN, D_IN, D_IN, 1))
@@ -341,7 +341,7 @@ def _steps(
                 unlikely = tl.max(p * shunned, axis=1)
             size = tl.where((likely >= bound) & (unlikely <= 1 - bound), 0.0, size)
         tl.debug_barrier()
-        for i in range(0, D_IN, IN):
+        for i in tl.range(0, D_IN, IN, num_stages=2):
             entry = i + tl.arange(0, IN)
             here = _rows(z, token, entry, n_tokens, D_IN)
             here -= size[:, None] * _rows(moved, token, entry, n_tokens, D_IN)
