@@ -27,7 +27,7 @@ for _folder in (Path(__file__).parent / "ahead",):
 
 from compiling import Case, Compiled, compile_ahead  # noqa: E402
 
-FAMILIES = {"matmul": "matmul_cases:cases"}
+FAMILIES = {"matmul": "matmul_cases:cases", "steering": "steering_cases:cases"}
 """Where each family of kernels lists its cases: a module of `ahead/` and a function in it."""
 
 

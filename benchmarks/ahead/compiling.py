@@ -6,6 +6,7 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import layouts
 import sass
 
 SHARED_BYTES = 232_448
@@ -113,7 +114,7 @@ def compile_ahead(case: Case) -> Compiled:
         loop_instructions=len(hot),
         per_weight=per_weight,
         int_per_weight=int_per_weight,
-        missed=[],
+        missed=layouts.too_few_neighbours(made.asm["ttgir"]),
     )
     result.missed.extend(_missed(case, result))
     return result

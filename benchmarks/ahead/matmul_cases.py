@@ -38,6 +38,7 @@ def cases() -> list[Case]:
     found += [
         _w4a8(first[0], group=16, splits=4, is_gated=False),
         _w4a8(first[0], group=16, has_bias=True, is_gated=False),
+        _w4a8(first[0], group=16, splits=2, is_one_token=True),
         _w4a16(first[1], kind="bf16", group=16, splits=4, is_gated=False),
         _w4a16(first[1], kind="bf16", group=16, is_whole=False, is_gated=False),
     ]
@@ -50,9 +51,10 @@ def _w4a8(
     group: int,
     splits: int = 1,
     has_bias: bool = False,
+    is_one_token: bool = False,
     is_gated: bool = True,
 ) -> Case:
-    arguments = {
+    arguments: dict[str, Any] = {
         "x": "*fp8e4nv",
         "token_scales": "*fp32",
         "codes": "*u8",
@@ -71,7 +73,10 @@ def _w4a8(
         "STAGES": tile.stages,
     }
     (arguments if has_bias else constants)["bias"] = "*bf16" if has_bias else None
-    more = f" split {splits}" * (splits > 1) + " bias" * has_bias
+    if is_one_token:  # Triton makes a kernel of its own where an argument is 1
+        del arguments["n_tokens"]
+        constants["n_tokens"] = 1
+    more = f" split {splits}" * (splits > 1) + " bias" * has_bias + " one" * is_one_token
     return Case(
         name=f"w4a8 g{group} {tile.tokens}x{tile.rows}{more}",
         kernel=f"{PACKAGE}.products:w4a8",

@@ -9,7 +9,7 @@ from torch import nn
 from trimtab.kernels.formats import FORMATS, format_named, fp8
 from trimtab.kernels.matmul import prepare
 from trimtab.steering.model.quantized.fp8_weight import Fp8Weight
-from trimtab.steering.model.quantized.linear import QuantizedLinear
+from trimtab.steering.model.quantized.linear import QuantizedLinear, exact_products
 
 N_OUT, N_IN = 48, 128
 
@@ -116,3 +116,22 @@ def test_fp8_weights_are_what_is_stored(activations: str) -> None:
     assert weight.n_bytes == N_OUT * N_IN * 4
     with pytest.raises(ValueError, match="NaN"):
         fp8.quantize_matrix(torch.full((2, 2), torch.nan))
+
+
+def test_products_are_exact_in_a_block_and_rounded_after_it() -> None:
+    """Packing refused because of FP8's rounding, or rounding left off for good."""
+    made, x = layer(activations="fp8"), inputs()
+    rounded = made(x)
+    exact = nn.functional.linear(x, made.weight, made.bias)
+    model = nn.Sequential(made, layer("int4"))
+
+    def broken_comparison() -> None:
+        with exact_products(model):
+            torch.testing.assert_close(made(x), exact)
+            torch.testing.assert_close(made(x.clone().requires_grad_()), exact)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken_comparison()
+    assert torch.equal(made(x), rounded)
+    assert 0.01 < float((rounded - exact).norm() / exact.norm()) < 0.04

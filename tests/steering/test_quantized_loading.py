@@ -14,6 +14,7 @@ from torch import nn
 from toys import TOYS
 
 from trimtab.steering.errors import ModelLoadError
+from trimtab.steering.model import loading
 from trimtab.steering.model.loading import load_model
 from trimtab.steering.model.profile import fingerprint, profile_model, ref_without_weights
 from trimtab.steering.model.quantized import QuantizationFacts
@@ -179,3 +180,29 @@ def test_packed_matrices_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.Monk
     load_model(str(tmp_path / "q"), device="cpu", dtype="float32")
     assert len(seen) == 14
     assert max(alive) <= 2, "the one in hand, and the one before it"
+
+
+def test_a_hugging_face_id_is_fetched_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quantised model on the hub handed to transformers, which asks for another library."""
+    import huggingface_hub
+    from transformers import AutoConfig
+
+    original = save_original(tmp_path / "toy")
+    quantise(original, tmp_path / "q", by_format("nvfp4"), facts=QuantizationFacts("nvfp4"))
+    asked: list[Any] = []
+
+    def fetched(source: str, **options: Any) -> str:
+        asked.append((source, options["revision"]))
+        return str(tmp_path / "q")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    config = AutoConfig.from_pretrained(tmp_path / "q")
+    folder = loading._quantized_folder("owner/name", config, revision="v2")
+    assert folder is not None
+    assert folder.path == tmp_path / "q"
+    assert asked == [("owner/name", "v2")]
+    plain = AutoConfig.from_pretrained(original)
+    assert loading._quantized_folder("owner/name", plain, revision=None) is None
+    assert len(asked) == 1

@@ -65,14 +65,14 @@ def load_quantized(
     model.config.name_or_path = model.name_or_path = str(folder.path)
     _read_generation_config(model, folder)
     factors = folder.low_rank()
-    kinds: Counter[str] = Counter()
+    ways: Counter[str] = Counter()
     n_bytes = 0
     for name, matrix in folder.matrices():
         group = folder.groups[name]
         activations: Activations = "fp8" if folder.facts.activations == "fp8" else group.activations
         prepared = _prepared(matrix, device=device, dtype=dtype, activations=activations)
         n_bytes += prepared.n_bytes
-        kinds[_kind(prepared)] += 1
+        ways[_way(prepared)] += 1
         empty = model.get_submodule(names[name])
         try:
             empty.fill(prepared, low_rank=factors.pop(name, None))
@@ -88,7 +88,7 @@ def load_quantized(
             "quantised. Quantise it again with `trimtab quantize`."
         )
     setattr(model, _FACTS, folder.facts)
-    return model, info, _told(folder, kinds, n_bytes=n_bytes, dtype=dtype, device=device)
+    return model, info, _told(folder, ways, n_bytes=n_bytes, device=device)
 
 
 def quantization_of(model: nn.Module) -> QuantizationFacts | None:
@@ -194,29 +194,23 @@ def _read_generation_config(model: Any, folder: QuantizedFolder) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder.path)
 
 
-def _kind(prepared: PreparedWeight) -> str:
-    if not isinstance(prepared, DenseWeight | Fp8Weight):
-        return "packed"
-    return "dense" if prepared.activations == "same" else "dense, for FP8 activations"
+def _way(prepared: PreparedWeight) -> str:
+    """Return what became of a matrix, a phrase."""
+    is_dense = isinstance(prepared, DenseWeight | Fp8Weight)
+    way = (
+        f"dequantised to {str(prepared.dtype).removeprefix('torch.')}"
+        if is_dense
+        else "kept packed"
+    )
+    return way if prepared.activations == "same" else f"{way}, activations rounded to FP8"
 
 
 def _told(
-    folder: QuantizedFolder,
-    kinds: Counter[str],
-    *,
-    n_bytes: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    folder: QuantizedFolder, ways: Counter[str], *, n_bytes: int, device: torch.device
 ) -> str:
     facts = folder.facts
     where = "a CPU" if device.type == "cpu" else str(device)
-    plain = str(dtype).removeprefix("torch.")
-    ways = {
-        "packed": "kept packed",
-        "dense": f"dequantised to {plain}",
-        "dense, for FP8 activations": f"dequantised to {plain}, activations rounded to FP8",
-    }
-    parts = [f"{count} matrices {ways[kind]}" for kind, count in kinds.items()]
+    parts = [f"{count} matrices {way}" for way, count in ways.items()]
     said = f"{facts.label}, {' and '.join(parts)} on {where}: {n_bytes / 1e6:.0f} MB"
     if facts.lorc_rank:
         said += f", with corrections of rank {facts.lorc_rank}"
