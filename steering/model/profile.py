@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from trimtab.steering.artifact import ModelRef
+from trimtab.steering.errors import ModelLoadError
 from trimtab.steering.model.decoder import find_decoder_layers, text_config
 from trimtab.steering.model.hooks import captured
 from trimtab.steering.model.loading import loader_for
-from trimtab.steering.model.quantized.facts import QuantizationFacts
+from trimtab.steering.model.quantized.facts import KEY, STANDARD_KEY, QuantizationFacts
 from trimtab.steering.model.quantized.folder import facts_of
 from trimtab.steering.model.quantized.linear import QuantizedLinear
 from trimtab.steering.model.quantized.load import quantization_of, without_quantization
@@ -137,12 +138,24 @@ def ref_without_weights(source: str, *, model_id: str) -> ModelRef:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    facts = facts_of(vars(config), where=f"The model {source!r}")
+    facts = _facts_of(config, source=source)
     config = without_quantization(config)
     with torch.device("meta"):
         model = loader_for(config).from_config(config)
     n_layers = int(text_config(model).num_hidden_layers)
     return _ref(model, model_id=model_id, n_layers=n_layers, quantization=facts)
+
+
+def _facts_of(config: Any, *, source: str) -> QuantizationFacts | None:
+    """Return how a model that is loaded elsewhere is quantised, also where we could not load it."""
+    fields = vars(config)
+    try:
+        return facts_of(fields, where=f"The model {source!r}")
+    except ModelLoadError:
+        standard = fields.get(STANDARD_KEY)
+        if KEY in fields or not isinstance(standard, dict):
+            raise
+        return QuantizationFacts(scheme=str(standard.get("format") or standard["quant_method"]))
 
 
 def _ref(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from quantized_toys import by_format, quantise, save_original
 from trimtab.serving.engines.vllm.engine import VllmEngine
 from trimtab.serving.engines.vllm.quantization_choice import check_folder, choice, readable
 from trimtab.steering.errors import ModelLoadError
+from trimtab.steering.model.profile import ref_without_weights
 from trimtab.steering.model.quantized import Layout, QuantizationFacts
 from trimtab.steering.model.quantized.groups import Group
 
@@ -115,3 +117,19 @@ def test_a_folder_is_looked_at_before_anything_starts(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ModelLoadError, match=f"{file.name} is missing"):
         asyncio.run(VllmEngine(str(made)).start())
+
+
+def test_a_folder_that_only_vllm_reads_has_an_identity(tmp_path: Path) -> None:
+    """INT8 with INT8 activations: refused by the app after vLLM has loaded it."""
+    original = save_original(tmp_path / "original")
+    path = original / "config.json"
+    plain = ref_without_weights(str(original), model_id="toy")
+    eight = INT4 | {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
+    facts = json.loads(path.read_text())
+    facts["quantization_config"] = config(eight) | {"format": "int-quantized"}
+    path.write_text(json.dumps(facts))
+    ref = ref_without_weights(str(original), model_id="toy")
+    assert (ref.fingerprint, ref.quantization) == (plain.fingerprint, "int-quantized")
+    path.write_text(json.dumps(facts | {"trimtab_quantization": {"format": 7}}))
+    with pytest.raises(ModelLoadError, match="format 7"):
+        ref_without_weights(str(original), model_id="toy")
