@@ -17,6 +17,7 @@ from trimtab.kernels.formats.rows import row_chunks
 
 Search = Literal["amax", "mse"]
 SEARCHES = ("amax", "mse")
+_NAN_BYTE = 255  # of powers of two
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ class Format(ABC):
             parts: the scales.
 
         Raises:
-            ValueError: tensors of other shapes or types than the format has.
+            ValueError: tensors of other shapes or types than the format has, or scales that are
+                negative, infinite or NaN.
         """
         if packed.ndim != 2 or packed.dtype != torch.uint8:
             raise ValueError(f"{self.name}: packed codes {_seen(packed)}, expected uint8 [n, m/2]")
@@ -186,6 +188,11 @@ class Format(ABC):
                     f"{self.name}: {what} {_seen(tensor)}, expected {shape} of "
                     f"{' or '.join(str(d) for d in dtypes)}"
                 )
+        steps = parts.steps()
+        is_byte = parts.scales.dtype == torch.uint8
+        has_nan = is_byte and bool((parts.scales == _NAN_BYTE).any())
+        if has_nan or not bool((torch.isfinite(steps) & (steps >= 0)).all()):
+            raise ValueError(f"{self.name}: a scale is negative, infinite or NaN")
         return Packed(self.name, self.group_size, self.codebook, packed, parts)
 
     def check(self, shape: tuple[int, ...]) -> None:

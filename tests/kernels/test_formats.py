@@ -355,3 +355,16 @@ def test_what_does_not_fit_is_not_recast() -> None:
         as_mxfp4(FORMATS["fp4-m2"].quantize(far))
     with pytest.raises(ValueError, match="NVFP4 has not"):
         as_nvfp4(FORMATS["int4"].quantize(far))
+
+
+@pytest.mark.parametrize(
+    ("name", "byte"), [("nvfp4", 0x7F), ("nvfp4", 0xFF), ("nvfp4", 0x88), ("mxfp4", 0xFF)]
+)
+def test_a_scale_that_is_no_number_is_refused(name: str, byte: int) -> None:
+    """One flipped bit of a file, and every answer is NaN or a group has the wrong sign."""
+    packed = FORMATS[name].quantize(gaussian(4, 64))
+    scales = packed.scales.view(torch.uint8).clone()
+    scales[2, 1] = byte
+    parts = Parts(scales.view(packed.scales.dtype), packed.tensor_scale)
+    with pytest.raises(ValueError, match="a scale is negative, infinite or NaN"):
+        FORMATS[name].stored(packed.packed, parts)

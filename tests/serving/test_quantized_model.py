@@ -118,6 +118,7 @@ def test_weights_are_off_by_what_the_format_loses(
 
 def test_a_steered_stream_of_the_quantised_model(server: Served) -> None:
     """An answer that is not steered, or that hides on which weights its vector was measured."""
+    assert server.http.get("/v1/models").json()["data"][0]["quantization"] == "nvfp4 rtn"
     plain = ask(server).choices[0].message.content
     body = {"steering": STEER}
     whole = ask(server, extra_body=body)

@@ -218,6 +218,8 @@ def _weights(config: dict[str, Any]) -> dict[str, Any]:
         ("int4-asym", {"weight_zero_point": torch.ones(24, 2, dtype=torch.int8)}, "zero_point"),
         ("fp8", {"weight_scale": torch.ones(23, 1)}, "weight_scale"),
         ("fp8", {"weight": torch.zeros(24, 64)}, "weight is torch.float32"),
+        ("fp8", {"weight_scale": torch.full((24, 1), torch.nan)}, "NaN"),
+        ("int4", {"weight_scale": torch.full((24, 2), -1.0)}, "negative"),
     ],
 )
 def test_damaged_tensors_are_refused(case: str, change: dict[str, Any], says: str) -> None:

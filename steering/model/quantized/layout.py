@@ -217,6 +217,8 @@ def _fp8(values: torch.Tensor, scale: torch.Tensor) -> Fp8Matrix:
         raise ValueError(f"fp8: {WEIGHT} is {values.dtype} {tuple(values.shape)}")
     if not scale.is_floating_point() or scale.numel() not in (1, values.shape[0]):
         raise ValueError(f"fp8: {SCALE} is {scale.dtype} {tuple(scale.shape)}")
+    if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+        raise ValueError("fp8: a scale is negative, infinite or NaN")
     # One scale for the matrix is as many equal ones as it has rows.
     return Fp8Matrix(values, scale.float().reshape(-1, 1).expand(values.shape[0], 1).contiguous())
 
