@@ -127,7 +127,7 @@ class QuantizedScheme(CompressedTensorsScheme):
         """Make of what was read what multiplies, and drop the parameters.
 
         Raises:
-            ModelLoadError: the checkpoint lacks a part of this layer.
+            ModelLoadError: the checkpoint lacks a part of this layer, or our kernels cannot run it.
         """
         if not _is_made_up():
             self.parameters.check_whole()
@@ -135,12 +135,13 @@ class QuantizedScheme(CompressedTensorsScheme):
         device = matrices[0].device
         for name in self.layout.suffixes:
             delattr(layer, name)
-        weights = joined(
-            matrices,
-            dtype=self.dtype,
-            activations=self.activations,
-            low_rank=self._low_rank(layer, device),
-        )
+        low_rank = self._low_rank(layer, device)
+        try:
+            weights = joined(
+                matrices, dtype=self.dtype, activations=self.activations, low_rank=low_rank
+            )
+        except ValueError as error:
+            raise ModelLoadError(f"{self.name} cannot be run on {device}: {error}.") from None
         # Its address is the weights' name, and vLLM's LoRA looks there for the layer's device.
         key = torch.zeros(1, dtype=torch.uint8, device=device)
         layer.register_parameter("weight_packed", nn.Parameter(key, requires_grad=False))
