@@ -28,28 +28,13 @@ import os
 import platform
 import statistics
 import sys
-from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm_cores import Run, serve
+from vllm_cores import Run, Setting, serve
 
 STEERED = ("idle", "different", "four", "guided")
 BUDGETS = {"idle": 0.99, "different": 0.97, "four": 0.93, "guided": 0.95}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How both engines are run; plain values, for another process."""
-
-    model: str
-    dtype: str
-    is_compiled: bool
-    most: int
-    n_tokens: int
-    through: str = "core"
-    n_prompt: int | None = None  # random prompts of this length; None takes chats
-    options: dict[str, Any] = field(default_factory=dict)  # of vLLM, beside these
 
 
 # Which of vLLM's plugins a process may load. `hotwire` is hotwire-vllm, for comparison.
@@ -72,7 +57,7 @@ class Core:
         }
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_core, args=(theirs, asdict(setting), kind))
+        self._process = context.Process(target=serve, args=(theirs, setting, kind))
         self._process.start()
         theirs.close()
 
@@ -94,10 +79,6 @@ class Core:
         self._process.join(timeout=60)
         if self._process.is_alive():
             self._process.kill()
-
-
-def _core(pipe: Connection, setting: dict[str, Any], kind: str) -> None:
-    serve(pipe, kind=kind, **setting)
 
 
 @dataclass

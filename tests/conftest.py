@@ -18,6 +18,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+import triton_interpreter
+
+# Read by triton when it is imported, which transformers may do: its kernels run on the CPU then.
+if triton_interpreter.is_known() and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from running_server import Served, running
 from toys import llama
 from transformers import PreTrainedModel
@@ -39,6 +45,10 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NEEDS = {
     "gpu": (torch.cuda.is_available, "there is no CUDA device"),
     "vllm": (lambda: importlib.util.find_spec("vllm") is not None, "vLLM is not installed"),
+    "triton": (
+        lambda: torch.cuda.is_available() or triton_interpreter.is_known(),
+        "there is neither a CUDA device nor a Triton whose interpreter's numbers we can mend",
+    ),
     "extra": (lambda: "TRIMTAB_EXTRA" in os.environ, "it takes minutes; TRIMTAB_EXTRA=1 runs it"),
     "browser": (lambda: any(map(shutil.which, BROWSERS)), "no Chromium or Chrome is installed"),
 }
@@ -50,6 +60,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if needy and not is_there():
             for item in needy:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    runs_kernels = any(item.get_closest_marker("triton") for item in items)
+    if runs_kernels and triton_interpreter.is_interpreted() and triton_interpreter.is_known():
+        triton_interpreter.mend()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,6 +81,12 @@ def same_threads() -> Iterator[None]:
     yield
     if torch.get_num_threads() != n_threads:
         torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where tests marked `triton` run their kernels: the GPU, or the CPU in the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

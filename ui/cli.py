@@ -25,6 +25,7 @@ COMMANDS = {
     "attribute": "trimtab.ui.commands.attribute:attribute",
     "vectors": "trimtab.ui.commands.vectors:vectors",
     "classifiers": "trimtab.ui.commands.classifiers:classifiers",
+    "quantize": "trimtab.ui.commands.quantize:quantize",
     "presets": "trimtab.ui.commands.presets:presets",
     "methods": "trimtab.ui.commands.methods:methods",
     "bench": "trimtab.ui.commands.bench:bench",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 from openai.types import Model
 from starlette.concurrency import run_in_threadpool
@@ -34,5 +36,7 @@ async def get_model(name: str, server: Server) -> Response:
 
 def _model(server: ServerState, name: str) -> Model:
     info = server.info
-    extra = {"max_model_len": info.max_context, "root": info.model.id}
+    extra: dict[str, Any] = {"max_model_len": info.max_context, "root": info.model.id}
+    if info.model.quantization is not None:
+        extra["quantization"] = info.model.quantization
     return Model(id=name, created=server.started, object="model", owned_by="trimtab", **extra)

@@ -15,7 +15,10 @@ from trimtab.steering.errors import ModelLoadError, did_you_mean, listed
 from trimtab.steering.model.conversion import quiet_transformers
 from trimtab.steering.model.default import DEFAULT_MODEL_ID, ensure_default_model
 from trimtab.steering.model.precision import cpu_dtype
+from trimtab.steering.model.quantized.facts import QuantizationFacts
+from trimtab.steering.model.quantized.folder import QuantizedFolder, is_quantized, read_folder
 
+_NEEDED = ["*.json", "*.safetensors"]  # of a quantised model, beside its tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,7 +33,9 @@ class LoadedModel:
         source_path: the folder it was read from; None if Hugging Face's cache does not say.
         device: where its parameters are.
         dtype: the type of its floating-point parameters.
-        reasons: one sentence for each choice made, under `model`, `device` and `dtype`.
+        reasons: one sentence for each choice made, under `model`, `device` and `dtype`, and under
+            `weights` if they are quantised.
+        quantization: how the weights were quantised; None if they were not.
     """
 
     model: Any
@@ -40,6 +45,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     reasons: dict[str, str]
+    quantization: QuantizationFacts | None = None
 
 
 def load_model(
@@ -63,7 +69,9 @@ def load_model(
     name, source, model_reason = located(model, revision=revision)
     with _bars_where_seen(model):
         try:
-            loaded, tokenizer = _read(source, revision=revision, device=on_device, dtype=in_dtype)
+            loaded, tokenizer, quantized = _read(
+                source, revision=revision, device=on_device, dtype=in_dtype
+            )
         except ModelLoadError:
             raise
         # A checkpoint is foreign data read by a foreign library over a network: anything can come.
@@ -74,6 +82,7 @@ def load_model(
                 "a local folder, or a Hugging Face id."
             ) from error
     loaded.eval().requires_grad_(False)
+    facts, weights_reason = quantized or (None, "")
     return LoadedModel(
         model=loaded,
         tokenizer=tokenizer,
@@ -85,7 +94,9 @@ def load_model(
             "model": model_reason,
             "device": device_reason,
             "dtype": dtype_reason or f"{_plain(loaded.dtype)}, the checkpoint's own.",
+            **({"weights": weights_reason} if weights_reason else {}),
         },
+        quantization=facts,
     )
 
 
@@ -158,22 +169,38 @@ def located(model: str, *, revision: str | None = None) -> tuple[str, str, str]:
 
 def _read(
     source: str, *, revision: str | None, device: torch.device, dtype: torch.dtype | None
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, tuple[QuantizationFacts, str] | None]:
+    """Return model, tokenizer, and how the weights are quantised and what became of them."""
     from transformers import AutoConfig, AutoTokenizer
 
     # trust_remote_code is said aloud because leaving it out makes transformers ask on a terminal.
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     config = AutoConfig.from_pretrained(source, **options)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    loaded, facts = loader_for(config).from_pretrained(
-        source,
-        config=config,
-        dtype="auto" if dtype is None else dtype,
-        # Straight onto the device, so that a model larger than the machine's memory fits.
-        device_map=None if device.type == "cpu" else {"": device},
-        output_loading_info=True,
-        **options,
-    )
+    folder = _quantized_folder(source, config, revision=revision)
+    quantized: tuple[QuantizationFacts, str] | None = None
+    if folder is None:
+        loaded, facts = loader_for(config).from_pretrained(
+            source,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            # Straight onto the device, so that a model larger than the machine's memory fits.
+            device_map=None if device.type == "cpu" else {"": device},
+            output_loading_info=True,
+            **options,
+        )
+    else:
+        from trimtab.steering.model.quantized.load import load_quantized
+
+        own = getattr(config.get_text_config(decoder=True), "dtype", None) or config.dtype
+        loaded, facts, reason = load_quantized(
+            folder,
+            model_class=loader_for(config)._model_mapping[type(config)],
+            config=config,
+            device=device,
+            dtype=dtype or own or torch.bfloat16,
+        )
+        quantized = folder.facts, reason
     # transformers fills what a checkpoint lacks with random numbers and goes on.
     if facts["missing_keys"]:
         raise ModelLoadError(
@@ -181,7 +208,19 @@ def _read(
             f"architecture: {listed(facts['missing_keys'], most=3)}. It is incomplete or not a "
             f"{type(loaded).__name__}."
         )
-    return loaded, tokenizer
+    return loaded, tokenizer, quantized
+
+
+def _quantized_folder(source: str, config: Any, *, revision: str | None) -> QuantizedFolder | None:
+    """Return the folder of a model that is quantised in a way that we load ourselves."""
+    if not is_quantized(vars(config)):
+        return None
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        from huggingface_hub import snapshot_download
+
+        path = Path(snapshot_download(source, revision=revision, allow_patterns=_NEEDED))
+    return read_folder(path)
 
 
 def loader_for(config: Any) -> Any:

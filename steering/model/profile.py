@@ -11,9 +11,14 @@ import torch
 from torch import nn
 
 from trimtab.steering.artifact import ModelRef
+from trimtab.steering.errors import ModelLoadError
 from trimtab.steering.model.decoder import find_decoder_layers, text_config
 from trimtab.steering.model.hooks import captured
 from trimtab.steering.model.loading import loader_for
+from trimtab.steering.model.quantized.facts import KEY, STANDARD_KEY, QuantizationFacts
+from trimtab.steering.model.quantized.folder import facts_of
+from trimtab.steering.model.quantized.linear import QuantizedLinear
+from trimtab.steering.model.quantized.load import quantization_of, without_quantization
 
 # Keys of a config that do not change what the weights compute.
 _VOLATILE = {
@@ -27,6 +32,9 @@ _VOLATILE = {
     "output_hidden_states",
     "output_attentions",
     "return_dict",
+    # A vector built on the original serves the quantised model, and the other way round.
+    "quantization_config",
+    "trimtab_quantization",
 }
 
 _SAMPLE = (
@@ -56,10 +64,14 @@ class ModelProfile:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return SHA-256 of the config and of every weight's name and shape."""
+    """Return SHA-256 of the config and of every weight's name and shape, quantised or not."""
     config: Any = model.config
     facts = _lasting(config.to_dict())
-    shapes = sorted((name, list(p.shape)) for name, p in model.named_parameters())
+    weights = [(name, list(p.shape)) for name, p in model.named_parameters()]
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            weights.append((f"{name}.weight", [module.out_features, module.in_features]))
+    shapes = sorted(weights)
     text = json.dumps([facts, shapes], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -90,7 +102,9 @@ def profile_model(model: Any, *, model_id: str, tokenizer: Any = None) -> ModelP
         model(input_ids=torch.tensor([ids], device=device), use_cache=False)
         norms = [states[i][0, 1:].float().norm(dim=-1).median() for i in range(len(layers))]
     return ModelProfile(
-        ref=_ref(model, model_id=model_id, n_layers=len(layers)),
+        ref=_ref(
+            model, model_id=model_id, n_layers=len(layers), quantization=quantization_of(model)
+        ),
         layers=tuple(layers),
         hidden_norms=torch.stack(norms).cpu().clamp_min(1e-6),
         max_context=max_context,
@@ -124,17 +138,34 @@ def ref_without_weights(source: str, *, model_id: str) -> ModelRef:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    facts = _facts_of(config, source=source)
+    config = without_quantization(config)
     with torch.device("meta"):
         model = loader_for(config).from_config(config)
     n_layers = int(text_config(model).num_hidden_layers)
-    return _ref(model, model_id=model_id, n_layers=n_layers)
+    return _ref(model, model_id=model_id, n_layers=n_layers, quantization=facts)
 
 
-def _ref(model: Any, *, model_id: str, n_layers: int) -> ModelRef:
+def _facts_of(config: Any, *, source: str) -> QuantizationFacts | None:
+    """Return how a model that is loaded elsewhere is quantised, also where we could not load it."""
+    fields = vars(config)
+    try:
+        return facts_of(fields, where=f"The model {source!r}")
+    except ModelLoadError:
+        standard = fields.get(STANDARD_KEY)
+        if KEY in fields or not isinstance(standard, dict):
+            raise
+        return QuantizationFacts(scheme=str(standard.get("format") or standard["quant_method"]))
+
+
+def _ref(
+    model: Any, *, model_id: str, n_layers: int, quantization: QuantizationFacts | None
+) -> ModelRef:
     return ModelRef(
         id=model_id,
         fingerprint=fingerprint(model),
         model_type=model.config.model_type,
         hidden_size=text_config(model).hidden_size,
         n_layers=n_layers,
+        quantization=None if quantization is None else quantization.label,
     )

@@ -37,7 +37,7 @@ def fault(hook: Hook, package: Path) -> str | None:
         if not found:
             return f"{hook.file} has no {hook.name}"
         way.append(found[-1])
-    lacks = wrong_shape(hook, way[-1]) or lost_call(hook, way)
+    lacks = wrong_shape(hook, way[-1]) or lost_call(hook, way) or lost_method(hook, way[-1])
     return lacks and f"{hook.name} in {hook.file}: {lacks}"
 
 
@@ -98,6 +98,17 @@ def lost_call(hook: Hook, way: list[ast.AST]) -> str | None:
     return f"does not call the global {', '.join(lost)}" if lost else None
 
 
+def lost_method(hook: Hook, node: ast.AST) -> str | None:
+    """Return the method that is not called any more, whatever it was called on."""
+    called = {
+        inner.func.attr
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute)
+    }
+    lost = [name for name in hook.methods if name not in called]
+    return f"does not call the method {', '.join(lost)}" if lost else None
+
+
 def bound_by(node: ast.AST) -> list[str]:
     if isinstance(node, ast.arg):
         return [node.arg]
@@ -124,6 +135,9 @@ class Runner:
         self.batch = []
 
     def step(self, batch, *, is_dry: bool = False): ...
+
+    def finish(self):
+        self.batch.free()
 
 class Output:
     tokens: list[int]
@@ -155,6 +169,7 @@ def make_private_hasher(size):
         Hook("made_up.py", "Output", named=("tokens", "reason")),
         Hook("made_up.py", "Status", named=("FAILED",)),
         Hook("made_up.py", "make_hasher.hasher", ("request",), calls=("extra_keys",)),
+        Hook("made_up.py", "Runner.finish", methods=("free",)),
     ],
     ids=lambda hook: hook.name,
 )
@@ -179,6 +194,10 @@ def test_a_hook_that_is_there_has_no_fault(hook: Hook, tmp_path: Path) -> None:
         (
             Hook("made_up.py", "make_hasher.hasher", calls=("salt",)),
             "does not call the global salt",
+        ),
+        (
+            Hook("made_up.py", "Runner.finish", methods=("release",)),
+            "does not call the method release",
         ),
         (
             Hook("made_up.py", "make_private_hasher.hasher", calls=("extra_keys",)),

@@ -63,8 +63,13 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     sys.modules["vllm"].__version__ = "0.99"
     monkeypatch.setattr(plugin, "_is_registered", False)
     monkeypatch.setattr(plugin, "_shares_outside", False)
+    monkeypatch.setattr(plugin, "_tell_of_quantization", lambda: told.append("trimtab"))
+    told.clear()
     monkeypatch.delenv(plugin.SWITCH, raising=False)
     return classes
+
+
+told: list[str] = []  # of quantisation methods
 
 
 class Empty(ModuleType):
@@ -102,6 +107,7 @@ def test_registering_twice_wraps_once(
     first = vllm["Scheduler"].update_from_output
     plugin.register()
     assert vllm["Scheduler"].update_from_output is first
+    assert told == ["trimtab"]
     assert vllm["Scheduler"]().update_from_output(None, SimpleNamespace()) == {}
 
 
@@ -116,6 +122,22 @@ def test_switched_off_nothing_is_wrapped(
     plugin.register()
     assert {name: dict(vars(owner)) for name, owner in vllm.items()} == before
     assert guarded == [False]
+    assert told == ["trimtab"]  # a folder of ours is nothing that vLLM's own methods run as it is
+
+
+def test_switched_off_an_unknown_vllm_still_runs(
+    vllm: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A version that trimtab does not fit, with no way left to serve without it."""
+
+    def lacks() -> None:
+        raise ImportError("no CompressedTensorsConfig")
+
+    monkeypatch.setenv(plugin.SWITCH, "off")
+    monkeypatch.setattr(plain_vllm, "guard_requests", lambda is_on: None)
+    monkeypatch.setattr(plugin, "_tell_of_quantization", lacks)
+    plugin.register()
+    assert "no CompressedTensorsConfig" in caplog.text
 
 
 @pytest.mark.parametrize("connector", [None, object()])

@@ -23,6 +23,7 @@ class Hook:
             fields and methods of a class, what its `__init__` sets on `self`, members of an enum.
         calls: functions it must find by their global names each time, so that replacing those in
             the module is enough.
+        methods: methods it must call, of whatever object.
     """
 
     file: str
@@ -30,6 +31,7 @@ class Hook:
     parameters: tuple[str, ...] = ()
     named: tuple[str, ...] = ()
     calls: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
 
 
 WORKER = "v1/worker/gpu_worker.py"
@@ -48,6 +50,10 @@ ASYNC_LLM = "v1/engine/async_llm.py"
 CHAT = "entrypoints/openai/chat_completion/protocol.py"
 COMPLETION = "entrypoints/openai/completion/protocol.py"
 ENDPOINT_PLUGIN = "plugins/endpoint_plugins/interface.py"
+LINEAR = "model_executor/layers/linear.py"
+PARAMETER = "model_executor/parameter.py"
+QUANTIZATION = "model_executor/layers/quantization"
+COMPRESSED_TENSORS = f"{QUANTIZATION}/compressed_tensors/compressed_tensors.py"
 
 HOOKS: tuple[Hook, ...] = (
     # The worker: where layers are armed. The CPU's and XPU's workers inherit it.
@@ -219,4 +225,83 @@ HOOKS: tuple[Hook, ...] = (
         "direct_register_custom_op",
         ("op_name", "op_func", "mutates_args", "fake_impl"),
     ),
+    # Quantised folders: how our method is found, and which layers it is asked about.
+    Hook(f"{QUANTIZATION}/__init__.py", "register_quantization_config", ("quantization",)),
+    Hook(
+        "config/model.py",
+        "ModelConfig._verify_quantization",
+        methods=("override_quantization_method",),
+    ),
+    Hook(
+        f"{QUANTIZATION}/base_config.py",
+        "QuantizationConfig.override_quantization_method",
+        named=("hf_quant_cfg", "user_quant", "hf_config"),
+    ),
+    Hook(
+        f"{QUANTIZATION}/base_config.py",
+        "QuantizationConfig.maybe_update_config",
+        ("model_name", "hf_config"),
+    ),
+    Hook(
+        "config/vllm.py",
+        "VllmConfig._get_quantization_config",
+        methods=("maybe_update_config",),
+    ),
+    Hook(
+        COMPRESSED_TENSORS,
+        "CompressedTensorsConfig.get_quant_method",
+        ("layer", "prefix"),
+        methods=("get_scheme",),
+    ),
+    Hook(COMPRESSED_TENSORS, "CompressedTensorsConfig.get_scheme", ("layer", "layer_name")),
+    Hook(COMPRESSED_TENSORS, "CompressedTensorsConfig.get_scheme_dict", ("layer", "layer_name")),
+    Hook(COMPRESSED_TENSORS, "CompressedTensorsConfig.apply_vllm_mapper", ("hf_to_vllm_mapper",)),
+    Hook(COMPRESSED_TENSORS, "CompressedTensorsConfig._check_scheme_supported"),
+    Hook(COMPRESSED_TENSORS, "CompressedTensorsConfig", named=("quant_format",)),
+    Hook(COMPRESSED_TENSORS, "CompressedTensorsConfig.from_config", named=("config",)),
+    Hook(f"{QUANTIZATION}/base_config.py", "QuantizationConfig", named=("packed_modules_mapping",)),
+    Hook("config/vllm.py", "VllmConfig", named=("quant_config",)),
+    Hook(
+        COMPRESSED_TENSORS,
+        "CompressedTensorsLinearMethod.create_weights",
+        methods=("create_weights",),
+    ),
+    Hook(
+        COMPRESSED_TENSORS,
+        "CompressedTensorsLinearMethod.process_weights_after_loading",
+        methods=("process_weights_after_loading",),
+    ),
+    Hook(
+        COMPRESSED_TENSORS,
+        "CompressedTensorsLinearMethod.apply",
+        methods=("apply_weights",),
+    ),
+    Hook("model_executor/models/utils.py", "WeightsMapper.apply_list", ("values",)),
+    # What a layer's parameters do with what is read: cut it for this rank, put it into its rows.
+    *(
+        Hook(LINEAR, f"{kind}.weight_loader_v2", ("param", "loaded_weight"), methods=(loads,))
+        for kind, loads in (
+            ("ColumnParallelLinear", "load_column_parallel_weight"),
+            ("MergedColumnParallelLinear", "load_merged_column_weight"),
+            ("QKVParallelLinear", "load_qkv_weight"),
+            ("RowParallelLinear", "load_row_parallel_weight"),
+        )
+    ),
+    Hook(LINEAR, "LinearBase", named=("tp_rank",)),
+    *(
+        Hook(PARAMETER, f"{kind}.__init__", named=named)
+        for kind, named in (
+            ("BasevLLMParameter", ("data", "weight_loader")),
+            ("_ColumnvLLMParameter", ("output_dim",)),
+            ("RowvLLMParameter", ("input_dim",)),
+            ("PackedvLLMParameter", ("packed_factor", "packed_dim")),
+        )
+    ),
+    Hook(PARAMETER, "BasevLLMParameter", named=("tp_rank", "tp_size")),
+    Hook(PARAMETER, "ModelWeightParameter"),
+    Hook(PARAMETER, "GroupQuantScaleParameter"),
+    Hook(PARAMETER, "ChannelQuantScaleParameter"),
+    Hook(PARAMETER, "PerTensorScaleParameter"),
+    Hook("config/load.py", "LoadConfig", named=("load_format",)),
+    Hook("config/vllm.py", "get_current_vllm_config_or_none"),
 )

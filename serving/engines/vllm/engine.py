@@ -24,6 +24,7 @@ from trimtab.serving.engines.limits import check_context, check_queue
 from trimtab.serving.engines.vllm.answer import Answer, SplitPromptFailure
 from trimtab.serving.engines.vllm.networks import Networks
 from trimtab.serving.engines.vllm.plan_wire import KEY, packed_request, readers_of
+from trimtab.serving.engines.vllm.quantization_choice import check_folder
 from trimtab.serving.engines.vllm.reports import INBOXES, Inbox, failure_on_any, steps_seen
 from trimtab.serving.engines.vllm.sampling import vllm_params
 from trimtab.serving.engines.vllm.served_model import ServedModel, measured
@@ -105,6 +106,9 @@ class VllmEngine:
 
     async def _start(self) -> None:
         name, source, reason = located(self._model)
+        quantization = await asyncio.to_thread(check_folder, source)
+        if quantization is not None:
+            reason = f"{reason.removesuffix('.')}, quantised: {quantization.label}."
         self._llm = await asyncio.to_thread(_launched, source, dict(self.config.options))
         self._networks = Networks(self._llm)
         self._served = await measured(self._llm, name=name, source=source, reason=reason)

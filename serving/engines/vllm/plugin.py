@@ -17,16 +17,22 @@ names what is relied on, and a version in which something is missing is refused 
     LLMEngine.add_request             and refused where nothing could compile it
     ChatCompletionRequest and others  as is what vLLM would ignore (`unheard.py`)
 
-TRIMTAB_VLLM=off leaves vLLM as it is, but for refusing requests that ask for steering.
+vLLM does have an interface for quantisation methods, and is told ours (`quantization.py`).
+
+TRIMTAB_VLLM=off leaves vLLM as it is, but for quantised folders of ours, which vLLM's own methods
+would run as something else, and for refusing requests that ask for steering.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from typing import Any
 
 from trimtab.steering.errors import ModelLoadError
+
+logger = logging.getLogger(__name__)
 
 SWITCH = "TRIMTAB_VLLM"
 BLOCK_KEYS = "generate_block_hash_extra_keys"
@@ -55,6 +61,11 @@ def register() -> None:
                 f"trimtab does not fit vLLM {_vllm_version()}: {error}. Versions 0.26 to 0.32 are "
                 f"known to work; {SWITCH}=off runs vLLM without steering."
             ) from error
+    else:
+        try:
+            _tell_of_quantization()
+        except (ImportError, AttributeError) as error:
+            logger.warning("trimtab's quantised models cannot be served: %s", error)
     guard_requests(is_on=is_on)
     _is_registered = True
 
@@ -96,6 +107,7 @@ def _install() -> None:
         for name in names:
             getattr(owner, name)
 
+    _tell_of_quantization()
     _wrap(Worker, "load_model", load_and_arm)
     for name, method in WORKER_METHODS.items():
         setattr(Worker, name, method)
@@ -117,6 +129,12 @@ def _install() -> None:
 
     _wrap(OutputProcessor, "process_outputs", process)
     _wrap(OutputProcessor, "add_request", plain_answers.follow)
+
+
+def _tell_of_quantization() -> None:
+    from trimtab.serving.engines.vllm.quantization import register_quantization
+
+    register_quantization()
 
 
 def _wrap(owner: Any, name: str, wrapper: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trimtab.serving.engines.vllm.armed_layers import arm, decoder_layers
+from trimtab.serving.engines.vllm.low_rank import check_factors_taken
 from trimtab.serving.engines.vllm.runner_hooks import hook_runner
 from trimtab.serving.engines.vllm.worker_steering import WorkerSteering
 
@@ -18,6 +19,7 @@ def load_and_arm(original: Any, worker: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(worker, *args, **kwargs)
     config = worker.vllm_config
     runner = worker.model_runner
+    check_factors_taken(config.quant_config, runner.get_model())
     text = config.model_config.hf_text_config
     n_layers = int(text.num_hidden_layers)
     layers = decoder_layers(runner.get_model(), n_layers=n_layers)

@@ -1,0 +1,1 @@
+"""Four-bit weights from a loaded model: calibration text, walk through its layers, report."""

@@ -1,0 +1,146 @@
+"""Quantise one decoder layer: balance it, then its linears in the order in which they run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import nn
+
+from trimtab.kernels.formats import Format
+from trimtab.training.quantization.balance import balance
+from trimtab.training.quantization.folds import find_folds
+from trimtab.training.quantization.layer_result import LayerResult
+from trimtab.training.quantization.layer_runs import LayerCall, linears, shared_inputs
+from trimtab.training.quantization.linear_inputs import read_inputs
+from trimtab.training.quantization.matrices import Quantized, quantize_group
+from trimtab.training.quantization.settings import Precision, QuantizeSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """Hidden states of the calibration rows in front of a layer, on the CPU.
+
+    Attributes:
+        quantized: through the layers as quantised so far, `[n_rows, n_tokens, d_model]`.
+        true: through the original layers, the same shape; None where no method asks for it.
+    """
+
+    quantized: torch.Tensor
+    true: torch.Tensor | None
+
+
+def quantize_layer(
+    layer: nn.Module,
+    name: str,
+    call: LayerCall,
+    streams: Streams,
+    fmt: Format,
+    settings: QuantizeSettings,
+    precisions: Mapping[str, Precision],
+) -> tuple[LayerResult, Streams]:
+    """Quantise a layer in place and run the calibration rows through it.
+
+    Every group of linears sees inputs that come through the linears before it as they are after
+    rounding ("true sequential").
+
+    Args:
+        layer: with its original weights, where it is to be computed.
+        name: in the model.
+        call: how the model calls it.
+        streams: what goes into it.
+        fmt: of 4-bit matrices.
+        settings: the method and its knobs.
+        precisions: what is asked for a linear, by its full name in the model; others get 4 bits.
+
+    Returns:
+        What became of the layer, and what comes out of it.
+    """
+    device = next(layer.parameters()).device
+    row = streams.quantized[:1].to(device)
+    before = {key: value.clone() for key, value in _small(layer).items()}
+    groups = shared_inputs(layer, call, row)
+    exponents: dict[str, float] = {}
+    if settings.method in ("awq", "awq+gptq"):
+        for fold in find_folds(layer, call, row, groups):
+            if _asked(fold.linears, name, precisions) == "4-bit" and _fits(
+                layer, fold.linears, fmt
+            ):
+                read = read_inputs(layer, call, streams.quantized, fold.linears[0])
+                choice = balance(layer, call, streams.quantized, fold, read.magnitude, fmt)
+                exponents[fold.before] = choice.exponent
+    original = None
+    if streams.true is not None:
+        original = (copy.deepcopy(layer), streams.true)
+    done: dict[str, Quantized] = {}
+    kept = {n: "it did not run on text" for n in linears(layer) if n not in chain(*groups)}
+    for names in groups:
+        precision = _asked(names, name, precisions)
+        if precision == "4-bit" and not _fits(layer, names, fmt):
+            width = linears(layer)[names[0]].in_features
+            reason = f"its {width} inputs are no multiple of the group of {fmt.group_size}"
+            kept |= dict.fromkeys(names, reason)
+            continue
+        if precision == "kept":
+            kept |= dict.fromkeys(names, "asked to be kept")
+            continue
+        inputs = None
+        if settings.needs_calibration:
+            inputs = read_inputs(
+                layer,
+                call,
+                streams.quantized,
+                names[0],
+                activations=settings.activations,
+                original=original,
+            )
+        weights = {n: linears(layer)[n].weight for n in names}
+        for n, quantized in quantize_group(weights, inputs, fmt, settings, precision).items():
+            done[n] = quantized
+            quantized.put_into(layer, n, settings.activations)
+    changed = {
+        key: value.clone() for key, value in _small(layer).items() if not value.equal(before[key])
+    }
+    result = LayerResult(name, done, changed, kept, exponents)
+    return result, run_streams(layer, call, streams, original=original)
+
+
+@torch.inference_mode()
+def run_streams(
+    layer: nn.Module,
+    call: LayerCall,
+    streams: Streams,
+    *,
+    original: tuple[nn.Module, torch.Tensor] | None,
+) -> Streams:
+    """Run the calibration rows through a layer, quantised and original."""
+    true = None if original is None else run_rows(original[0], call, original[1])
+    return Streams(run_rows(layer, call, streams.quantized), true)
+
+
+def run_rows(layer: nn.Module, call: LayerCall, hidden: torch.Tensor) -> torch.Tensor:
+    """Return what a layer makes of rows `[n_rows, n_tokens, d_model]`, on the CPU."""
+    device = next(layer.parameters()).device
+    out = torch.empty_like(hidden)
+    for i in range(len(hidden)):
+        out[i] = call(layer, hidden[i : i + 1].to(device))[0]
+    return out
+
+
+def _asked(names: Sequence[str], layer_name: str, precisions: Mapping[str, Precision]) -> Precision:
+    """Return the highest precision that is asked for any of the linears: they are served as one."""
+    asked = {precisions.get(f"{layer_name}.{n}", "4-bit") for n in names}
+    return "kept" if "kept" in asked else "fp8" if "fp8" in asked else "4-bit"
+
+
+def _fits(layer: nn.Module, names: Sequence[str], fmt: Format) -> bool:
+    return all(linears(layer)[n].in_features % fmt.group_size == 0 for n in names)
+
+
+def _small(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters that are no linear's matrix; folds may change them."""
+    matrices = {f"{name}.weight" for name in linears(layer)}
+    return {n: p.detach() for n, p in layer.named_parameters() if n not in matrices}

@@ -1,0 +1,117 @@
+"""Quantise a model layer by layer: text through the layers done so far, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trimtab.kernels.formats import Format
+from trimtab.steering.errors import DataError, ModelLoadError
+from trimtab.training.quantization.layer import (
+    Streams,
+    quantize_layer,
+    run_rows,
+    run_streams,
+)
+from trimtab.training.quantization.layer_result import LayerResult
+from trimtab.training.quantization.layer_runs import LayerRuns, layer_runs, linears
+from trimtab.training.quantization.progress_folder import ProgressFolder
+from trimtab.training.quantization.settings import Precision, QuantizeSettings
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """A model about to be quantised.
+
+    Attributes:
+        runs: its layers and what goes into the first.
+        fmt: of the 4-bit matrices.
+        precisions: what is asked for single linears, by full name.
+        settings: the rest.
+    """
+
+    runs: LayerRuns
+    fmt: Format
+    precisions: dict[str, Precision]
+    settings: QuantizeSettings
+
+
+def begin_walk(model: Any, ids: torch.Tensor, settings: QuantizeSettings) -> Walk:
+    """Look a model over before anything is changed.
+
+    Args:
+        model: a causal language model in eval mode.
+        ids: calibration rows, `[n_rows, n_tokens]`.
+        settings: what to make.
+
+    Raises:
+        ModelLoadError: no decoder layers, or none that can be run alone, or no linears in them.
+        DataError: a pattern to keep that names nothing.
+    """
+    runs = layer_runs(model, ids)
+    names = {
+        f"{name}.{inner}": linear
+        for name, layer in zip(runs.names, runs.layers, strict=True)
+        for inner, linear in linears(layer).items()
+    }
+    if not names:
+        raise ModelLoadError(
+            f"The decoder layers of this {type(model).__name__} hold no nn.Linear, and nothing "
+            "else can be quantised. Serve the model as it is."
+        )
+    for pattern, _ in settings.keep:
+        if not any(QuantizeSettings(keep=((pattern, "bf16"),)).kept(n) == "kept" for n in names):
+            ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+            raise DataError(f"No linear's name ends in {pattern!r}; there are {', '.join(ends)}.")
+    fmt = settings.format_for(tuple({linear.in_features for linear in names.values()}))
+    return Walk(runs, fmt, {name: settings.kept(name) for name in names}, settings)
+
+
+def walk(
+    begun: Walk, folder: ProgressFolder, *, n_done: int, progress: Progress | None = None
+) -> Iterator[LayerResult]:
+    """Quantise the layers in place, first to last, and yield each when it is on the disk.
+
+    Only one layer's statistics are held at a time: besides the model there are the calibration
+    rows' hidden states, and a Hessian or two of the widest matrix.
+
+    Args:
+        begun: the model.
+        folder: where done layers are kept.
+        n_done: layers there from an earlier run; they are read instead of made.
+        progress: told of layers done and in all.
+    """
+    settings, runs = begun.settings, begun.runs
+    needs_true = settings.is_feedback and settings.follows_drift
+    with torch.inference_mode():
+        streams = Streams(runs.hidden, runs.hidden if needs_true else None)
+        for i, (name, layer) in enumerate(zip(runs.names, runs.layers, strict=True)):
+            call = runs.calls[i]
+            if progress is not None:
+                progress("Quantising layers", i, len(runs.layers))
+            if i < n_done:
+                result = folder.layer(i)
+                streams = _again(result, layer, call, streams, settings)
+            else:
+                result, streams = quantize_layer(
+                    layer, name, call, streams, begun.fmt, settings, begun.precisions
+                )
+                folder.keep_layer(i, result)
+            yield result
+    if progress is not None:
+        progress("Quantising layers", len(runs.layers), len(runs.layers))
+
+
+def _again(
+    result: LayerResult, layer: Any, call: Any, streams: Streams, settings: QuantizeSettings
+) -> Streams:
+    """Put a layer of an earlier run in place, and run the rows through it."""
+    true = None if streams.true is None else run_rows(layer, call, streams.true)
+    result.put_into(layer, settings.activations)
+    done = run_streams(layer, call, Streams(streams.quantized, None), original=None)
+    return Streams(done.quantized, true)
