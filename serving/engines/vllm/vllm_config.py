@@ -51,8 +51,9 @@ def _split_graphs(config: Any) -> None:
     """Keep the op out of CUDA graphs, where it would be replayed without being called.
 
     Nobody could vouch for it then, and gates, probes and guidance launch what the batch asks for
-    (docs/scaling.md says what full graphs would need). Piecewise graphs are already split at every attention; the op splits them once more a layer,
-    runs as plain code and costs nothing on the device while nobody is steered.
+    (docs/scaling.md says what full graphs would need). Piecewise graphs are already split at every
+    attention; the op splits them once more a layer, runs as plain code and costs nothing on the
+    device while nobody is steered.
     """
     compilation = config.compilation_config
     mode = compilation.cudagraph_mode
