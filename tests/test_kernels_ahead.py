@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from triton_interpreter import compiling_environment
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "kernels_ahead.py"
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SCRIPT = BENCHMARKS / "kernels_ahead.py"
 
 
 def test_gates(tmp_path: Path) -> None:
@@ -36,3 +38,21 @@ def test_gates(tmp_path: Path) -> None:
     assert all(one["tensor_instructions"] > 0 and one["spills"] == 0 for one in of_weights)
     assert all(one["per_weight"] <= 4.2 for one in of_weights)
     assert all(one["per_weight"] <= 3.1 for one in of_weights if "w4a8" in one["name"])
+
+
+def test_packs_of_strangers_are_seen() -> None:
+    """A layout whose registers go down the rows first gives inline PTX codes of two rows."""
+    spec = importlib.util.spec_from_file_location("layouts", BENCHMARKS / "ahead" / "layouts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    layouts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layouts)
+    call = (
+        'tt.elementwise_inline_asm "x" {{constraints = "r", packed_element = 4 : i32, pure = true}}'
+        " %a, %b : tensor<64x128xi8, {layout}>, tensor<64x128xi32, {layout}> -> x\n"
+    )
+    fragment = "#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>"
+    rows_first = "#ttg.linear<{register = [[0, 1], [8, 0], [0, 2]], lane = []}>"
+    assert not layouts.too_few_neighbours(call.format(layout=fragment))
+    aliased = f"#l = {rows_first}\n" + call.format(layout="#l")
+    assert "2 neighbours" in layouts.too_few_neighbours(aliased)[0]

@@ -38,6 +38,7 @@ def cases() -> list[Case]:
     found += [
         _w4a8(first[0], group=16, splits=4, is_gated=False),
         _w4a8(first[0], group=16, has_bias=True, is_gated=False),
+        _w4a8(first[0], group=16, splits=2, is_one_token=True),
         _w4a16(first[1], kind="bf16", group=16, splits=4, is_gated=False),
         _w4a16(first[1], kind="bf16", group=16, is_whole=False, is_gated=False),
     ]
@@ -50,9 +51,10 @@ def _w4a8(
     group: int,
     splits: int = 1,
     has_bias: bool = False,
+    is_one_token: bool = False,
     is_gated: bool = True,
 ) -> Case:
-    arguments = {
+    arguments: dict[str, Any] = {
         "x": "*fp8e4nv",
         "token_scales": "*fp32",
         "codes": "*u8",
@@ -71,7 +73,10 @@ def _w4a8(
         "STAGES": tile.stages,
     }
     (arguments if has_bias else constants)["bias"] = "*bf16" if has_bias else None
-    more = f" split {splits}" * (splits > 1) + " bias" * has_bias
+    if is_one_token:  # Triton makes a kernel of its own where an argument is 1
+        del arguments["n_tokens"]
+        constants["n_tokens"] = 1
+    more = f" split {splits}" * (splits > 1) + " bias" * has_bias + " one" * is_one_token
     return Case(
         name=f"w4a8 g{group} {tile.tokens}x{tile.rows}{more}",
         kernel=f"{PACKAGE}.products:w4a8",
@@ -160,13 +165,32 @@ def _beside() -> list[Case]:
             name=f"quantize_tokens {block}",
             kernel=f"{PACKAGE}.tokens:quantize_tokens",
             arguments=quantize,
-            constants={"BLOCK": block, "IS_ONE": is_one},
+            constants={"BLOCK": block, "IS_ONE": is_one, "IS_ORDERED": False},
             aligned=tuple(quantize),
             warps=max(4, min(16, block // 1024)),
             is_gated=block == 16384,
         )
         for block, is_one in ((4096, True), (16384, True), (32768, True), (8192, False))
     ] + [
+        Case(
+            name="w4a8_scaled 16x128 on Blackwell",
+            kernel=f"{PACKAGE}.scaled_product:w4a8_scaled",
+            arguments={
+                "x": "*fp8e4nv",
+                "token_scales": "*fp32",
+                "codes": "*u8",
+                "scales": "*u8",
+                "y": "*bf16",
+                "n_tokens": "i32",
+                "n_out": "i32",
+                "n_in": "i32",
+            },
+            constants={"bias": None, "BM": 16, "BN": 128, "BK": 256, "STAGES": 4},
+            aligned=("x", "token_scales", "codes", "scales", "y", "n_out", "n_in"),
+            has_product=True,
+            holds="kind::mxf8f6f4.block_scale",
+            architecture=100,
+        ),
         Case(
             name="expand_fp8",
             kernel=f"{PACKAGE}.expand:expand_fp8",

@@ -202,3 +202,25 @@ def test_a_broken_token_stays_visible_and_alone(device: torch.device) -> None:
     found = weight(x)
     assert found[1].isnan().all()
     assert torch.equal(found[[0, 2]], alone[[0, 2]])
+
+
+def test_graphs_hold_the_product(device: torch.device) -> None:
+    """torch.compile breaks a graph at what it can't trace, and vLLM's pieces with it."""
+    weight = prepared(matrix("nvfp4", n_out=64, n_in=256), device, activations="fp8")
+    it, x = weight.fragments, tokens(3, 256, BFLOAT16).to(device)
+    torch.library.opcheck(
+        operator.four_bit_product, (x, it.codes, it.scales, it.rows, None, it.scheme)
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: 2 * weight(x), fullgraph=True, backend="eager", dynamic=True)
+    assert torch.equal(compiled(x), 2 * weight(x))
+    torch._dynamo.reset()
+
+
+def test_rows_that_are_apart_are_refused(device: torch.device) -> None:
+    """A copy that nobody asked for, at every layer of every step."""
+    weight = prepared(matrix("nvfp4", n_out=64, n_in=256), device)
+    with pytest.raises(ValueError, match="one piece"):
+        weight(tokens(256, 3, BFLOAT16).to(device).T)
+    strided = tokens(6, 256, BFLOAT16).to(device)[::2]
+    assert torch.equal(weight(strided), weight(strided.contiguous()))
