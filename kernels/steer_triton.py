@@ -229,6 +229,7 @@ def _steer(
     target = out + token * out_token + at * out_entry
     if IS_IN_PLACE:
         if n_changes != 0:
+            tl.debug_barrier()  # an entry may be stored by another thread than reads it
             tl.store(target, steered.to(out.dtype.element_ty), mask=is_entry)
             if HAS_RESIDUAL:
                 zeros = tl.zeros((BLOCK,), residual.dtype.element_ty)

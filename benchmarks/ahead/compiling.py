@@ -28,6 +28,7 @@ class Case:
         weights: that a program decodes in one turn of its hot loop, or None.
         most_per_weight: instructions; the gate.
         has_product: tensor cores must be at work in the hot loop.
+        holds: text that must be in the PTX.
         architecture: 90 for Hopper, 100 and 120 for Blackwell.
         is_gated: one of the cases that the tests look at.
     """
@@ -41,6 +42,7 @@ class Case:
     weights: int | None = None
     most_per_weight: float | None = None
     has_product: bool = False
+    holds: str = ""
     architecture: int = 90
     is_gated: bool = True
 
@@ -117,6 +119,8 @@ def compile_ahead(case: Case) -> Compiled:
         missed=layouts.too_few_neighbours(made.asm["ttgir"]),
     )
     result.missed.extend(_missed(case, result))
+    if case.holds not in made.asm["ptx"]:
+        result.missed.append(f"no {case.holds} in the PTX")
     return result
 
 

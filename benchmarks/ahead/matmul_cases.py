@@ -165,13 +165,32 @@ def _beside() -> list[Case]:
             name=f"quantize_tokens {block}",
             kernel=f"{PACKAGE}.tokens:quantize_tokens",
             arguments=quantize,
-            constants={"BLOCK": block, "IS_ONE": is_one},
+            constants={"BLOCK": block, "IS_ONE": is_one, "IS_ORDERED": False},
             aligned=tuple(quantize),
             warps=max(4, min(16, block // 1024)),
             is_gated=block == 16384,
         )
         for block, is_one in ((4096, True), (16384, True), (32768, True), (8192, False))
     ] + [
+        Case(
+            name="w4a8_scaled 16x128 on Blackwell",
+            kernel=f"{PACKAGE}.scaled_product:w4a8_scaled",
+            arguments={
+                "x": "*fp8e4nv",
+                "token_scales": "*fp32",
+                "codes": "*u8",
+                "scales": "*u8",
+                "y": "*bf16",
+                "n_tokens": "i32",
+                "n_out": "i32",
+                "n_in": "i32",
+            },
+            constants={"bias": None, "BM": 16, "BN": 128, "BK": 256, "STAGES": 4},
+            aligned=("x", "token_scales", "codes", "scales", "y", "n_out", "n_in"),
+            has_product=True,
+            holds="kind::mxf8f6f4.block_scale",
+            architecture=100,
+        ),
         Case(
             name="expand_fp8",
             kernel=f"{PACKAGE}.expand:expand_fp8",

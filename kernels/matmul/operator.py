@@ -39,8 +39,7 @@ def four_bit_product(
     Raises:
         ValueError: a row whose elements are apart.
     """
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        raise ValueError(f"activations with strides {x.stride()}; a row must be in one piece")
+    check_rows(x)
     n_tokens, n_out = x.shape[0], rows.shape[0]
     if not n_tokens:
         return x.new_empty(0, n_out)
@@ -68,6 +67,12 @@ def _(
     scheme: str,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], rows.shape[0])
+
+
+def check_rows(x: torch.Tensor) -> None:
+    """Refuse tokens `[n_tokens, n_in]` whose elements are apart; a copy would go unnoticed."""
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        raise ValueError(f"activations with strides {x.stride()}; a row must be in one piece")
 
 
 def tile_product(
@@ -144,20 +149,23 @@ def tile_product(
     return y
 
 
-def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens in FP8, columns in the order of fragments, and their scales.
+def quantize_tokens(
+    x: torch.Tensor, *, is_ordered: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens in FP8 and their scales.
 
     Args:
         x: `[n_tokens, n_in]`, any floating dtype; a row's elements are neighbours.
+        is_ordered: columns stay as they are, instead of the order of fragments.
 
     Returns:
         `[n_tokens, n_places]`, float8_e4m3fn, n_in up to a multiple of 256, zeros where no column
-        is; `[n_tokens]`, float32.
+        is (n_in itself if ordered); `[n_tokens]`, float32.
     """
     from trimtab.kernels.matmul import tokens
 
     n_tokens, n_in = x.shape
-    n_places = -(-n_in // COLUMNS) * COLUMNS
+    n_places = n_in if is_ordered else -(-n_in // COLUMNS) * COLUMNS
     is_one = n_places <= _ONE_BLOCK
     block = 1 << (n_places - 1).bit_length() if is_one else _TURN
     q = torch.empty(n_tokens, n_places, dtype=torch.float8_e4m3fn, device=x.device)
@@ -171,6 +179,7 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x.stride(0),
         BLOCK=block,
         IS_ONE=is_one,
+        IS_ORDERED=is_ordered,
         num_warps=max(4, min(16, block // 1024)),
     )
     return q, scales

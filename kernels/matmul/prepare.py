@@ -12,6 +12,7 @@ from trimtab.kernels.matmul.dense import DenseWeight
 from trimtab.kernels.matmul.fragment_weight import FragmentWeight
 from trimtab.kernels.matmul.int4_cpu import PackedInt4
 from trimtab.kernels.matmul.prepared import ACTIVATIONS, Activations, PreparedWeight
+from trimtab.kernels.matmul.scaled_weight import MAJOR, ScaledWeight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST = (9, 0)
@@ -59,6 +60,9 @@ def prepare(
                 f"{packed.format} weights have no kernel for FP8 activations; FP4 formats have "
                 "one, and activations='same' is for all"
             )
+        is_blackwell = torch.cuda.get_device_capability(where)[0] == MAJOR
+        if is_blackwell and activations == "fp8" and ScaledWeight.takes(packed):
+            return ScaledWeight(packed, device=where, dtype=dtype)
         if fragments.takes(packed):
             return FragmentWeight(packed, device=where, dtype=dtype, activations=activations)
     if where.type == "cpu" and activations == "same" and PackedInt4.takes(packed):

@@ -1,4 +1,5 @@
-"""Activations to FP8, token by token, with columns in the order of the weights' fragments.
+"""Activations to FP8, token by token, with columns in the order of the weights' fragments,
+or as they are.
 
 Importing this imports triton.
 """
@@ -13,12 +14,13 @@ _TINY = tl.constexpr(1.1754943508222875e-38)  # below it a scale is no normal fl
 
 
 @triton.jit
-def _column_of(place):
+def _column_of(place, IS_ORDERED: tl.constexpr):
     """Return the column at each place: (o, i, h, t, c) is 64 t + 16 i + 8 h + 4 o + c."""
     inner = place % 128
     thread, i, h = inner // 4 % 4, inner // 32, inner // 16 % 2
     operand = place // 128 % 2
-    return place // 256 * 256 + thread * 64 + i * 16 + h * 8 + operand * 4 + place % 4
+    column = place // 256 * 256 + thread * 64 + i * 16 + h * 8 + operand * 4 + place % 4
+    return place if IS_ORDERED else column
 
 
 @triton.jit
@@ -31,13 +33,14 @@ def quantize_tokens(
     x_stride,
     BLOCK: tl.constexpr,
     IS_ONE: tl.constexpr,  # a token fits into one block, and is read once
+    IS_ORDERED: tl.constexpr,  # columns stay where they are
 ):
     token = tl.program_id(0).to(tl.int64)
     x += token * x_stride
     q += token * n_places
     place = tl.arange(0, BLOCK)
     if IS_ONE:
-        column = _column_of(place)
+        column = _column_of(place, IS_ORDERED)
         values = tl.load(x + column, mask=column < n_in, other=0.0).to(tl.float32)
         largest = tl.max(tl.abs(values))
     else:
@@ -53,7 +56,7 @@ def quantize_tokens(
         tl.store(q + place, _rounded(values, scale), mask=place < n_places)
     else:
         for start in tl.range(0, n_places, BLOCK):
-            column = _column_of(start + place)
+            column = _column_of(start + place, IS_ORDERED)
             values = tl.load(x + column, mask=column < n_in, other=0.0).to(tl.float32)
             tl.store(q + start + place, _rounded(values, scale), mask=start + place < n_places)
 

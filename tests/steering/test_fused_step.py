@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from on_device import implemented
 from toy_plans import N_LAYERS, PLANS, WIDTH, drawn
 
+from trimtab.kernels import shift, steer
+from trimtab.kernels.dispatch import runs_triton, using
 from trimtab.serving.engines.vllm.worker_steering import WorkerSteering
 from trimtab.steering.bank import Bank
 from trimtab.steering.plan import Plan
@@ -94,3 +97,23 @@ def test_nothing_is_uploaded_a_layer(monkeypatch: pytest.MonkeyPatch, device: to
         assert lease is not None
         SteerStep(bank, [Span(1), Span(1, 9, SteeredRequest(lease, 3))])
         assert len(uploads) == 1
+
+
+def test_what_a_kernel_cannot_read_is_refused(device: torch.device) -> None:
+    """A transposed buffer read as if it were row by row, or slots of half the width."""
+    bank = Bank(n_layers=1, hidden_size=WIDTH, device=device).layer(0)
+    hidden = drawn(2, WIDTH).to(device)
+    slots = torch.ones(2, 1, dtype=torch.int64, device=device)
+    turned = replace(bank, rows=torch.zeros(WIDTH, 9, device=device).T)
+    with using("triton"):
+        with pytest.raises(ValueError, match="rows is not contiguous"):
+            steer(hidden, slots, bank=turned)
+        with pytest.raises(ValueError, match="int32"):
+            steer(hidden, slots.int(), bank=bank)
+        with pytest.raises(ValueError, match="gates"):
+            steer(hidden, slots, bank=bank, gates=slots)
+        with pytest.raises(ValueError, match="shift"):
+            shift(hidden, hidden[:1])
+        with pytest.raises(ValueError, match="keeps_norm"):
+            shift(hidden, hidden, keeps_norm=slots[:1] > 0)
+    assert not runs_triton(torch.zeros(1))  # the block is left, and this is a CPU's

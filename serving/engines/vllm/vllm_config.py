@@ -48,10 +48,12 @@ def _problem(config: Any) -> str | None:
 
 
 def _split_graphs(config: Any) -> None:
-    """Keep the op out of CUDA graphs: what it launches depends on who is in the batch.
+    """Keep the op out of CUDA graphs, where it would be replayed without being called.
 
-    Piecewise graphs are already split at every attention; the op splits them once more a layer,
-    runs as plain code and costs nothing on the device while nobody is steered.
+    Nobody could vouch for it then, and gates, probes and guidance launch what the batch asks for
+    (docs/scaling.md says what full graphs would need). Piecewise graphs are already split at every
+    attention; the op splits them once more a layer, runs as plain code and costs nothing on the
+    device while nobody is steered.
     """
     compilation = config.compilation_config
     mode = compilation.cudagraph_mode
