@@ -53,4 +53,6 @@ def lorc(
     else:
         raise ValueError(f"Whitening {tuple(whitening.shape)} does not fit {n_in} inputs.")
     root = values[:rank].sqrt()
-    return (left[:, :rank] * root).float(), (root.unsqueeze(1) * right[:rank]).float()
+    # Contiguous: products with the same numbers in other strides differ in their last bits.
+    first = (left[:, :rank] * root).float().contiguous()
+    return first, (root.unsqueeze(1) * right[:rank]).float().contiguous()

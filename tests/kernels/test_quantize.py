@@ -172,13 +172,10 @@ def test_clipping_is_never_worse_within_its_groups(weight, inputs):
     plain = grid.decode(codes)
     clipped = fmt.quantize(clip(heavy, inputs, fmt)).dequantize()
     tokens = inputs[:: N_TOKENS // 512][:512].view(512, -1, 64)
-    for made, other in ((clipped, plain),):
-        lost = [((m - heavy).view(N_OUT, -1, 64)) for m in (made, other)]
-        ours, theirs = (
-            torch.einsum("tgi,ogi->tog", tokens, part).square().sum(0) for part in lost
-        )
-        assert bool((ours <= theirs * (1 + 1e-4)).all())
-        assert float(ours.sum()) < float(theirs.sum())
+    lost = [(made - heavy).view(N_OUT, -1, 64) for made in (clipped, plain)]
+    ours, theirs = (torch.einsum("tgi,ogi->tog", tokens, part).square().sum(0) for part in lost)
+    assert bool((ours <= theirs * (1 + 1e-4)).all())
+    assert float(ours.sum()) < float(theirs.sum())
 
 
 def test_lorc_at_full_rank_is_exact(weight, inputs):
@@ -225,9 +222,7 @@ def test_corrected_weight_takes_back_what_the_inputs_lost(weight, inputs):
     drift = (inputs - drifted).T @ drifted / len(inputs)
     want = inputs @ weight.T
     before = (drifted @ weight.T - want).norm()
-    after = (
-        drifted @ corrected_weight(weight, hessian, drift, damping=1e-6).T - want
-    ).norm()
+    after = (drifted @ corrected_weight(weight, hessian, drift, damping=1e-6).T - want).norm()
     assert after < 0.05 * before
     same = corrected_weight(weight, hessian, torch.zeros_like(drift))
     assert torch.allclose(same, weight)
