@@ -27,6 +27,7 @@ from trimtab.training.quantization.layer_runs import layer_runs, shared_inputs
 from trimtab.training.quantization.perplexity import nll
 from trimtab.training.quantization.sensitivity import Sensitivity, raise_precision
 from trimtab.training.quantization.settings import QuantizeSettings
+from trimtab.training.vectors.neutral import neutral_text
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,7 @@ def test_any_architecture(name, tmp_path):
     served = load_model(str(tmp_path / "made"), device="cpu", dtype="float32")
     assert nll(served.model, random_text().held) == pytest.approx(report.nll_after, abs=1e-5)
     assert report.n_quantized >= 4
+    assert 0.2 < report.coverage < 1
 
 
 def test_gptq_beats_rounding_on_text_it_never_saw(original, tmp_path):
@@ -338,6 +340,32 @@ def test_perplexity_is_measured_where_it_is_asked(original, tmp_path):
     served = load_model(str(tmp_path / "made"), device="cpu", dtype="float32")
     assert report.measured_on == "mine"
     assert nll(served.model, rows) == pytest.approx(report.nll_after, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_real_model_becomes_a_quarter_and_still_knows_english(smollm2, tmp_path):
+    """Catches what toys are too small to show: sizes, tied embeddings, a text turned to noise."""
+    ids = smollm2.tokenizer(neutral_text())["input_ids"][:256]
+    rows = torch.tensor([ids])
+    before = nll(smollm2.model, rows)
+    own = load_model("smollm2", device="cpu", dtype="bfloat16")  # the other is everybody's
+    target = tmp_path / "made"
+    text = split_rows(rows.view(8, 32), origin="neutral text")
+    report = quantize_model(
+        own,
+        target,
+        QuantizeSettings(method="rtn"),
+        text=lambda: text,
+        text_name="neutral",
+        is_measured=False,
+    )
+    assert report.nll_after is None
+    assert report.bits == pytest.approx(4.5, abs=0.01)
+    assert report.coverage > 0.99
+    # 106 million weights of 4.5 bits, and 28 million of the embedding in bfloat16.
+    assert report.bytes_after < 0.235 * report.bytes_before
+    served = load_model(str(target), device="cpu", dtype="bfloat16")
+    assert 0.02 < nll(served.model, rows) - before < 0.4
 
 
 def test_fp8_keeps_what_it_promises():

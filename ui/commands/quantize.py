@@ -237,7 +237,11 @@ def _show(report: QuantizationReport) -> None:
     saved = report.bytes_before / max(1, report.bytes_after)
     lines = [
         ("scheme, method", f"{report.scheme}, {report.method}"),
-        ("bits a weight", f"{report.bits:.2f}, in {report.n_quantized} linears"),
+        (
+            "bits a weight",
+            f"{report.bits:.2f}, in {report.n_quantized} linears, "
+            f"{report.coverage:.1%} of the layers' weights",
+        ),
         (
             "weights",
             f"{_mb(report.bytes_before)} -> {_mb(report.bytes_after)}, {saved:.1f}x smaller",
