@@ -18,6 +18,7 @@ from trimtab.steering.model.decoder import text_config
 from trimtab.steering.model.loading import LoadedModel
 from trimtab.steering.model.memory import free_bytes
 from trimtab.steering.model.profile import ModelProfile
+from trimtab.steering.model.quantized.linear import exact_products
 from trimtab.steering.plan import MAX_PARTS
 
 # Tokens that go through the model at once. On a CPU more are no faster (one row of 37 tokens with
@@ -57,7 +58,8 @@ class Subject:
             device=loaded.device,
             max_slots=MAX_PARTS,
         )
-        self.tree_problem = tree_problem(self)
+        with exact_products(self.model):
+            self.tree_problem = tree_problem(self)
 
     @property
     def layers(self) -> Sequence[nn.Module]:

@@ -11,7 +11,8 @@ Differs: the published code averages logits over the sequence before it takes th
 prompt of S tokens is steered 1/S as much as a generated one; here every token is steered by its own
 logits, and by default by a given length whatever the gradient's.
 
-This file is the plain torch reference: the specification, the CPU path and the tests' oracle.
+This file is the plain torch reference: the specification, the CPU path and the tests' oracle. On a
+CUDA device `guidance_triton.py` takes all steps in one launch and applies them in another.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+
+from trimtab.kernels.dispatch import MAX_WIDTH, runs_triton
 
 Loss = Literal["logits", "softmax", "sigmoid"]
 Step = Literal["unit", "bare", "reflect"]
@@ -203,31 +206,19 @@ def guide(
     """
     h = hidden.float()
     z = torch.addmm(classifier.b_in, h, classifier.w_in.T)
-    total = torch.zeros_like(z)
-    away, pull = goals.away, goals.pull
-    # Few and fused calls: between two passes of a model a small call costs 20 us, whatever it does.
-    n_steps = goals.sizes.shape[1]
-    for k in range(n_steps):
-        logits, above_in, above_mid = _head(z, classifier)
-        if has_rival:
-            away = _with_rival(goals, logits)
-            pull = Pull.of(goals.toward, away)
-        u = _pulled_back(pull.slope(logits, loss), classifier, above_in, above_mid)
-        moved = u @ classifier.gram
-        size = goals.sizes[:, k : k + 1]
-        if step != "bare":
-            # Where the gradient vanishes u is zero, and so is any multiple of it.
-            squared = torch.linalg.vecdot(u, moved).clamp_min(_TINY).unsqueeze(1)
-            if step == "unit":
-                size = size * squared.rsqrt()
-            else:
-                along = torch.linalg.vecdot(z - classifier.b_in, u).unsqueeze(1)
-                size = size * 2 * along / squared
-        if has_until:
-            size = torch.where(_is_satisfied(logits, goals, away, classifier), 0.0, size)
-        total = torch.addcmul(total, size, u)
-        if k + 1 < n_steps:
-            z = torch.addcmul(z, size, moved, value=-1)
+    how = _How(loss, step, has_rival, has_until)
+    if runs_triton(hidden, z) and hidden.shape[1] <= MAX_WIDTH:
+        from trimtab.kernels import guidance_triton
+
+        total = _fused_total(z, classifier, goals, how)
+        return guidance_triton.apply(
+            hidden,
+            total,
+            w_in=classifier.w_in,
+            sizes=goals.sizes,
+            keeps_norm=goals.keeps_norm if has_norm else None,
+        )
+    total = _total(z, classifier, goals, how)
     guided = torch.addmm(h, total, classifier.w_in, alpha=-1)
     if has_norm:
         guided = torch.where(goals.keeps_norm.unsqueeze(1), _with_norm_of(h, guided), guided)
@@ -235,6 +226,68 @@ def guide(
     if has_still:
         guided = torch.where((goals.sizes == 0).all(1, keepdim=True), hidden, guided)
     return guided
+
+
+@dataclass(frozen=True)
+class _How:
+    """How steps are taken, as `guide` takes it."""
+
+    loss: Loss
+    step: Step
+    has_rival: bool
+    has_until: bool
+
+
+def _fused_total(z: torch.Tensor, classifier: Classifier, goals: Goals, how: _How) -> torch.Tensor:
+    """Return `_total` by one launch, or by torch's many where there are too many labels."""
+    from trimtab.kernels import guidance_triton
+
+    middle = (classifier.w_mid, classifier.b_mid, classifier.w_out, classifier.b_out)
+    if classifier.n_labels > guidance_triton.MOST_LABELS:
+        return _total(z, classifier, goals, how)
+    return guidance_triton.steps(
+        z,
+        b_in=classifier.b_in,
+        gram=classifier.gram,
+        middle=middle,
+        toward=goals.toward,
+        away=goals.away,
+        sizes=goals.sizes,
+        picks_rival=goals.picks_rival,
+        until=goals.until,
+        is_exclusive=classifier.is_exclusive,
+        **vars(how),
+    )
+
+
+def _total(z: torch.Tensor, classifier: Classifier, goals: Goals, how: _How) -> torch.Tensor:
+    """Return the sum of all steps in the classifier's narrow space, `[n_tokens, d_in]`."""
+    total = torch.zeros_like(z)
+    away, pull = goals.away, goals.pull
+    # Few and fused calls: between two passes of a model a small call costs 20 us, whatever it does.
+    n_steps = goals.sizes.shape[1]
+    for k in range(n_steps):
+        logits, above_in, above_mid = _head(z, classifier)
+        if how.has_rival:
+            away = _with_rival(goals, logits)
+            pull = Pull.of(goals.toward, away)
+        u = _pulled_back(pull.slope(logits, how.loss), classifier, above_in, above_mid)
+        moved = u @ classifier.gram
+        size = goals.sizes[:, k : k + 1]
+        if how.step != "bare":
+            # Where the gradient vanishes u is zero, and so is any multiple of it.
+            squared = torch.linalg.vecdot(u, moved).clamp_min(_TINY).unsqueeze(1)
+            if how.step == "unit":
+                size = size * squared.rsqrt()
+            else:
+                along = torch.linalg.vecdot(z - classifier.b_in, u).unsqueeze(1)
+                size = size * 2 * along / squared
+        if how.has_until:
+            size = torch.where(_is_satisfied(logits, goals, away, classifier), 0.0, size)
+        total = torch.addcmul(total, size, u)
+        if k + 1 < n_steps:
+            z = torch.addcmul(z, size, moved, value=-1)
+    return total
 
 
 def _head(

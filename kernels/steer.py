@@ -10,7 +10,8 @@ The low-rank part carries directional ablation and projection (Arditi et al., ar
 h - (h . r) r is A = B = r). Norm preservation is over the hidden dimension of the whole residual
 stream, per token (GrAInS, arXiv 2507.18043; its published hook takes the norm over the sequence).
 
-This file is the plain torch reference: the specification, the CPU path and the tests' oracle.
+This file is the plain torch reference: the specification, the CPU path and the tests' oracle. On a
+CUDA device `steer_triton.py` does the same in one launch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from trimtab.kernels.dispatch import MAX_WIDTH, runs_triton
 
 _TINY = 1e-20  # a norm below it is none
 
@@ -68,12 +71,13 @@ def steer(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    if hidden.ndim != 2 or slots.ndim != 2 or slots.shape[0] != hidden.shape[0]:
-        raise ValueError(f"steer: hidden {tuple(hidden.shape)} and slots {tuple(slots.shape)}")
-    if bank.rows.shape[1] != hidden.shape[1]:
-        raise ValueError(f"steer: width {hidden.shape[1]}, bank width {bank.rows.shape[1]}")
-    if gates is not None and gates.shape != slots.shape:
-        raise ValueError(f"steer: gates {tuple(gates.shape)} and slots {tuple(slots.shape)}")
+    _check(hidden, slots, bank, gates)
+    if _runs_triton(hidden):
+        from trimtab.kernels import steer_triton
+
+        return steer_triton.steer(
+            hidden, slots, gates=gates, has_low_rank=has_low_rank, has_norm=has_norm, **vars(bank)
+        )
     n_tokens, n_parts = slots.shape
     flat = slots.reshape(-1)
     h = hidden.float()
@@ -99,6 +103,60 @@ def steer(
     return steered.to(hidden.dtype)
 
 
+def steer_stream(
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    slots: torch.Tensor,
+    *,
+    bank: LayerBank,
+    gates: torch.Tensor | None = None,
+    has_low_rank: bool = True,
+    has_norm: bool = True,
+) -> None:
+    """Steer a stream that is kept as a sum, in place.
+
+    The new state of a token that is changed goes whole into `hidden`, and its `residual` becomes 0,
+    so that nothing is lost by subtracting. A token that no open slot changes here keeps every bit
+    of both.
+
+    Args:
+        hidden: `[n_tokens, d_model]`, any floating dtype.
+        residual: what has to be added to it to make the stream, of the same shape; None means 0.
+        slots, bank, gates, has_low_rank, has_norm: as for `steer`.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    _check(hidden, slots, bank, gates)
+    if residual is not None and residual.shape != hidden.shape:
+        raise ValueError(f"steer: hidden {tuple(hidden.shape)}, residual {tuple(residual.shape)}")
+    if _runs_triton(hidden):
+        from trimtab.kernels import steer_triton
+
+        steer_triton.steer(
+            hidden,
+            slots,
+            gates=gates,
+            residual=residual,
+            out=hidden,
+            has_low_rank=has_low_rank,
+            has_norm=has_norm,
+            **vars(bank),
+        )
+        return
+    stream = hidden.float() if residual is None else hidden.float() + residual
+    steered = steer(
+        stream, slots, bank=bank, gates=gates, has_low_rank=has_low_rank, has_norm=has_norm
+    )
+    does_change = (bank.row_of[slots] != 0) | (bank.low_of[slots] != 0).any(2)
+    if gates is not None:
+        does_change &= gates != 0
+    is_changed = does_change.any(1, keepdim=True)
+    hidden.copy_(torch.where(is_changed, steered.to(hidden.dtype), hidden))
+    if residual is not None:
+        residual.masked_fill_(is_changed, 0)
+
+
 def shift(
     h: torch.Tensor,
     change: torch.Tensor,
@@ -117,6 +175,10 @@ def shift(
         keeps_norm: whether |h| is restored, `[n_tokens, 1]`, bool, or one for all.
         out: where to put it, `[n_tokens, d_model]`, any floating dtype.
     """
+    if _runs_triton(h, change):
+        from trimtab.kernels import steer_triton
+
+        return steer_triton.shift(h, change, keeps_norm=keeps_norm, out=out)
     if keeps_norm is False:
         return torch.add(h, change, out=out)
     shifted = h + change
@@ -127,3 +189,18 @@ def shift(
     if isinstance(keeps_norm, torch.Tensor):
         ratio = torch.where(keeps_norm, ratio, 1.0)
     return torch.mul(shifted, ratio, out=out)
+
+
+def _runs_triton(*tensors: torch.Tensor) -> bool:
+    return runs_triton(*tensors) and tensors[0].shape[1] <= MAX_WIDTH
+
+
+def _check(
+    hidden: torch.Tensor, slots: torch.Tensor, bank: LayerBank, gates: torch.Tensor | None
+) -> None:
+    if hidden.ndim != 2 or slots.ndim != 2 or slots.shape[0] != hidden.shape[0]:
+        raise ValueError(f"steer: hidden {tuple(hidden.shape)} and slots {tuple(slots.shape)}")
+    if bank.rows.shape[1] != hidden.shape[1]:
+        raise ValueError(f"steer: width {hidden.shape[1]}, bank width {bank.rows.shape[1]}")
+    if gates is not None and gates.shape != slots.shape:
+        raise ValueError(f"steer: gates {tuple(gates.shape)} and slots {tuple(slots.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -51,9 +52,14 @@ class ServerState:
 
     @property
     def system_fingerprint(self) -> str | None:
-        """OpenAI's field: changes when the model's config or weight shapes do."""
-        fingerprint = self.info.model.fingerprint
-        return None if fingerprint is None else f"fp_{fingerprint[:12]}"
+        """OpenAI's field: changes when the model's config, weight shapes or quantisation do."""
+        model = self.info.model
+        if model.fingerprint is None:
+            return None
+        served = model.fingerprint
+        if model.quantization is not None:
+            served = hashlib.sha256(f"{served} {model.quantization}".encode()).hexdigest()
+        return f"fp_{served[:12]}"
 
 
 def server_state(request: Request) -> ServerState:

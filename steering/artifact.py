@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class ModelRef:
         model_type: the config's `model_type`, such as `llama`.
         hidden_size: width of the residual stream.
         n_layers: number of decoder layers; None when the file does not say.
+        quantization: how its weights were quantised, such as `nvfp4 gptq`; None if they were not.
+            It makes no other model: the fingerprint is the original's.
     """
 
     id: str
@@ -40,6 +42,26 @@ class ModelRef:
     model_type: str
     hidden_size: int
     n_layers: int | None
+    quantization: str | None = None
+
+    def measured_elsewhere(self, served: ModelRef) -> str | None:
+        """Return what an artifact's model ran on, if that is known and not what is served."""
+        if self.fingerprint is None or self.quantization == served.quantization:
+            return None
+        return self.weights
+
+    @property
+    def weights(self) -> str:
+        """What it ran on, for a person: the quantisation, or that there was none."""
+        return self.quantization or "unquantised weights"
+
+    def facts(self) -> dict[str, Any]:
+        """Return the fields as artifacts store them, plain JSON."""
+        facts = asdict(self)
+        # So that an artifact of unquantised weights is the file it always was.
+        if self.quantization is None:
+            del facts["quantization"]
+        return facts
 
 
 def layers_problem(

@@ -71,6 +71,17 @@ class Bank:
         self.row_of = zeros(n_layers, max_slots + 1, dtype=torch.int64)
         self.low_of = zeros(n_layers, max_slots + 1, MAX_RANK, dtype=torch.int64)
         self.norm = zeros(n_layers, max_slots + 1, dtype=torch.bool)
+        self._views = tuple(
+            LayerBank(
+                rows=self.rows,
+                row_of=self.row_of[index],
+                norm=self.norm[index],
+                low_a=self.low_a,
+                low_b=self.low_b,
+                low_of=self.low_of[index],
+            )
+            for index in range(n_layers)
+        )
         # Host copies, so that planning a step never waits for the device.
         self.touches = np.zeros((n_layers, max_slots + 1), dtype=bool)
         self.has_low_rank = np.zeros((n_layers, max_slots + 1), dtype=bool)
@@ -103,14 +114,7 @@ class Bank:
 
     def layer(self, index: int) -> LayerBank:
         """Return the op's view of one layer; the tensors are the bank's own, not copies."""
-        return LayerBank(
-            rows=self.rows,
-            row_of=self.row_of[index],
-            norm=self.norm[index],
-            low_a=self.low_a,
-            low_b=self.low_b,
-            low_of=self.low_of[index],
-        )
+        return self._views[index]
 
     @property
     def size(self) -> Needs:

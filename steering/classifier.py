@@ -197,7 +197,7 @@ class ClassifierArtifact:
     def facts(self) -> dict[str, Any]:
         """Return everything but the tensors, plain JSON."""
         facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
-        facts["model"] = asdict(self.model)
+        facts["model"] = self.model.facts()
         facts["doses"] = [asdict(entry) for entry in self.doses]
         return facts
 

@@ -158,7 +158,7 @@ class _Builder:
             self.followed[key] = self.followed.get(key, 0.0) + guidance.share_of_safe
             if self.followed[key] > 1 + 1e-6 and not term.over_dose:
                 guidance.refuse_over(self.followed[key], layer)
-        self.applied.append(guidance.receipt())
+        self._apply(guidance.receipt(), artifact.model)
 
     def _draft(
         self,
@@ -215,6 +215,14 @@ class _Builder:
         }
         if doses is not None:
             entry["dose"] = {str(layer): round(dose, 6) for layer, dose in doses.items()}
+        self._apply(entry, vector.model)
+
+    def _apply(self, entry: dict[str, Any], built_for: ModelRef) -> None:
+        """Put a term on the receipt, with what it was measured on if that is not what is served."""
+        elsewhere = built_for.measured_elsewhere(self.lookup.model)
+        if elsewhere is not None:
+            entry["calibrated_on"] = elsewhere
+            entry["served_on"] = self.lookup.model.weights
         self.applied.append(entry)
 
     def finish(self, path: str) -> Plan:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from trimtab.kernels import probabilities, read, shift, steer
+from trimtab.kernels import is_fused, probabilities, read, shift, steer, steer_stream
 from trimtab.steering.bank import Bank
+from trimtab.steering.gate_work import Reading, decisions
 from trimtab.steering.guidance_work import GuidanceWork, plan_guidance
-from trimtab.steering.plan import Gate, Reader
+from trimtab.steering.plan import MAX_PARTS, Gate, Reader
 from trimtab.steering.steered_request import SteeredRequest
 
 # Numbers of additive rows, gathered for all layers, that a step keeps for when it runs again.
@@ -109,15 +110,6 @@ class Shift:
         return moved if self.index is None else hidden.index_copy(0, self.index, moved)
 
 
-@dataclass(frozen=True)
-class _Reading:
-    gate: Gate
-    tokens: slice
-    part: int
-    request: SteeredRequest
-    start: int  # absolute position of the first token
-
-
 @dataclass
 class _Watched:
     reader: Reader
@@ -132,10 +124,15 @@ class SteerStep:
     def __init__(self, bank: Bank, spans: Sequence[Span]) -> None:
         n_tokens = sum(span.n_tokens for span in spans)
         n_parts = max((len(s.request.lease.slots) for s in spans if s.request), default=0)
+        # A fused op takes all tokens at every layer and finds out by itself whom to leave alone:
+        # one copy of the slots a pass, and one kernel however many parts a request has.
+        self._is_fused = is_fused(bank.device)
+        if self._is_fused:
+            n_parts = MAX_PARTS
         self.bank = bank
         self.n_tokens = n_tokens
         self._requests: list[tuple[slice, SteeredRequest]] = []
-        self._readings: dict[int, list[_Reading]] = {}
+        self._readings: dict[int, list[Reading]] = {}
         self._watched: dict[int, dict[str, _Watched]] = {}
         self._slots = np.zeros((n_tokens, n_parts), dtype=np.int64)
         gates: np.ndarray | None = None
@@ -174,6 +171,7 @@ class SteerStep:
         self._layers = self._plan_layers()
         self._guidance = self._plan_guidance()
         self._gates = None if gates is None else torch.from_numpy(gates).to(bank.device)
+        self._decisions = {n: decisions(some, bank.device) for n, some in self._readings.items()}
         self.layers = frozenset({*self._layers, *self._guidance, *self._readings, *self._watched})
 
     def _read(
@@ -183,7 +181,7 @@ class SteerStep:
             if span.start != 0 or span.n_tokens < request.n_prompt:
                 raise SplitPromptError
             tokens = slice(tokens.start, tokens.start + request.n_prompt)
-        reading = _Reading(gate, tokens, part, request, span.start)
+        reading = Reading(gate, tokens, part, request, span.start)
         self._readings.setdefault(gate.layer, []).append(reading)
 
     def _watch(self, watch: Watch, token: int) -> None:
@@ -207,10 +205,17 @@ class SteerStep:
         bank, slots = self.bank, self._slots
         work: dict[int, _LayerWork] = {}
         touched = bank.touches[:, slots].any(-1)  # [n_layers, n_tokens]
+        of_all = torch.from_numpy(slots).to(bank.device) if self._is_fused else None
         for layer in np.flatnonzero(touched.any(1)).tolist():
             tokens = np.flatnonzero(touched[layer])
             mine = slots[tokens]
             whole = len(tokens) == self.n_tokens
+            if of_all is not None:
+                work[layer] = _LayerWork(
+                    index=None, tokens=None if whole else tokens, slots=of_all,
+                    has_low_rank=True, has_norm=True,
+                )  # fmt: skip
+                continue
             work[layer] = _LayerWork(
                 index=None if whole else torch.from_numpy(tokens).to(bank.device),
                 tokens=None if whole else tokens,
@@ -222,6 +227,8 @@ class SteerStep:
 
     def shift(self, layer: int) -> Shift | None:
         """Return what there is to do at a layer if it is only to add, else None."""
+        if self._is_fused:
+            return None  # it gathers and adds in one launch as it is
         known = self._shifts.get(layer)
         if known is not None:
             return known
@@ -253,13 +260,15 @@ class SteerStep:
         """Return the tokens that `apply` may change at a layer, `[n]`, int64; None means all."""
         indices = [work.index for work in self._guidance.get(layer, ())]
         if layer in self._layers:
-            indices.append(self._layers[layer].index)
+            tokens = self._layers[layer].tokens
+            known = None if tokens is None else torch.from_numpy(tokens).to(self.bank.device)
+            indices.append(known)
         if any(index is None for index in indices):
             return None
-        known = [index for index in indices if index is not None]
-        if not known:
+        some = [index for index in indices if index is not None]
+        if not some:
             return torch.zeros(0, dtype=torch.int64, device=self.bank.device)
-        return known[0] if len(known) == 1 else torch.cat(known).unique()
+        return some[0] if len(some) == 1 else torch.cat(some).unique()
 
     def apply(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return a layer's steered output; the input is not changed.
@@ -273,17 +282,47 @@ class SteerStep:
         only = self.shift(layer)
         if only is not None:
             return only.apply(hidden)
-        for reading in self._readings.get(layer, ()):
-            self._decide(reading, hidden)
-        for watched in self._watched.get(layer, {}).values():
-            index = torch.tensor(watched.tokens, device=self.bank.device)
-            network = self.bank.readers.of(watched.reader)
-            watched.seen = probabilities(read(hidden[index], network), network)
+        self._read_layer(layer, hidden)
         if layer in self._layers:
             hidden = self._changed(layer, hidden)
         for work in self._guidance.get(layer, ()):
             hidden = work.apply(hidden, bank=self.bank, gates=self._gates)
         return hidden
+
+    def steer_stream(self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> bool:
+        """Steer a layer's stream in place by one fused op, if that is all there is to do.
+
+        Args:
+            layer: decoder layer.
+            hidden: `[n_tokens, d_model]`.
+            residual: what is to be added to it to make the stream; None means nothing.
+
+        Returns:
+            False, with nothing done, where guidance changes the layer too, or the device has no
+            fused op.
+        """
+        if not self._is_fused or layer in self._guidance:
+            return False
+        if layer in self._readings or layer in self._watched:
+            self._read_layer(layer, hidden if residual is None else hidden.float() + residual)
+        work = self._layers.get(layer)
+        if work is not None:
+            bank = self.bank.layer(layer)
+            steer_stream(hidden, residual, work.slots, bank=bank, gates=self._gates)
+        return True
+
+    def _read_layer(self, layer: int, hidden: torch.Tensor) -> None:
+        """Let gates decide and probes read."""
+        for reading in self._readings.get(layer, ()):
+            if reading.gate.per_prompt:
+                self._decide(reading, hidden)
+        for decision in self._decisions.get(layer, ()):
+            network = self.bank.readers.of(decision.reader)
+            decision.take(hidden, network, self._own_gates())
+        for watched in self._watched.get(layer, {}).values():
+            index = torch.tensor(watched.tokens, device=self.bank.device)
+            network = self.bank.readers.of(watched.reader)
+            watched.seen = probabilities(read(hidden[index], network), network)
 
     def _changed(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         work = self._layers[layer]
@@ -300,26 +339,26 @@ class SteerStep:
         )
         return steered if work.index is None else hidden.index_copy(0, work.index, steered)
 
-    def _decide(self, reading: _Reading, hidden: torch.Tensor) -> None:
+    def _decide(self, reading: Reading, hidden: torch.Tensor) -> None:
+        """Let a gate decide by its whole prompt; the one place where the host waits for a GPU."""
         gate = reading.gate
         states = hidden[reading.tokens]
-        if gate.per_prompt:
-            # The first position is an attention sink with a norm of its own; leave it out.
-            states = (states[1:] if len(states) > 1 else states).float().mean(0, keepdim=True)
+        # The first position is an attention sink with a norm of its own; leave it out.
+        states = (states[1:] if len(states) > 1 else states).float().mean(0, keepdim=True)
         network = self.bank.readers.of(gate.reader)
         score = probabilities(read(states, network), network)[:, gate.label]
-        is_open = score > gate.threshold if gate.above else score < gate.threshold
+        value = float(score > gate.threshold if gate.above else score < gate.threshold)
+        reading.request.latched[reading.part] = value
+        gates = self._own_gates()
+        for tokens, request in self._requests:
+            if request is reading.request:
+                gates[tokens, reading.part] = value
+
+    def _own_gates(self) -> torch.Tensor:
         assert self._gates is not None
         if torch.is_grad_enabled():
             self._gates = self._gates.clone()  # a layer before may have kept it for its gradient
-        if gate.per_prompt:
-            value = float(is_open)
-            reading.request.latched[reading.part] = value
-            for tokens, request in self._requests:
-                if request is reading.request:
-                    self._gates[tokens, reading.part] = value
-        else:
-            self._gates[reading.tokens, reading.part] = is_open.float()
+        return self._gates
 
     def finish(self) -> None:
         """Tell each request what was steered and what its probes read, after the forward pass."""
@@ -327,10 +366,13 @@ class SteerStep:
             assert watched.seen is not None  # the pass went through the layer
             for (watch, i), row in zip(watched.into, watched.seen.tolist(), strict=True):
                 watch.latest[i] = row
-        for reading in (r for at_layer in self._readings.values() for r in at_layer):
-            if reading.gate.per_prompt:
-                continue  # latched when it was read
-            assert self._gates is not None
+        # What decides by the whole prompt was latched when it was read.
+        readings = [r for some in self._readings.values() for r in some if not r.gate.per_prompt]
+        if not readings:
+            return
+        assert self._gates is not None
+        gates = self._gates.cpu().numpy() > 0
+        for reading in readings:
             inside = self._slots[reading.tokens, reading.part] > 0
-            is_open = (self._gates[reading.tokens, reading.part] > 0).cpu().numpy()
+            is_open = gates[reading.tokens, reading.part]
             reading.request.saw(reading.part, reading.start, inside, is_open)

@@ -115,7 +115,7 @@ def to_bytes(vector: VectorArtifact) -> bytes:
     tensors = {"directions": vector.directions}
     if vector.probe is not None:
         tensors["probe"] = vector.probe
-    facts = asdict(replace(vector, probe=None))
+    facts = asdict(replace(vector, probe=None)) | {"model": vector.model.facts()}
     return packed("vector", facts, tensors)
 
 

@@ -7,6 +7,7 @@ Writes results.json, anew after each section, so that a call that is cut short l
 
     correct     the ops on the device against float32 on the CPU
     ops         milliseconds of the ops for 1 to 4096 tokens
+    matmul      4-bit products: errors, microseconds beside cuBLAS and others, the best tiles
     embedded    tokens a second of the embedded engine, arm by arm, with random weights
     vllm        the same arms on vLLM beside plain vLLM, compiled and with graphs, if it is there
 """
@@ -32,6 +33,7 @@ for _folder in (Path(__file__).parent, Path(__file__).parent.parent):
         sys.path.insert(0, str(_folder))
 
 from embedded import embedded  # noqa: E402
+from matmul import matmul  # noqa: E402
 from on_vllm import on_vllm  # noqa: E402
 from ops import correct, timed  # noqa: E402
 
@@ -60,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, on a CPU")
-    parser.add_argument("--sections", default="correct,ops,embedded,vllm")
+    parser.add_argument("--sections", default="correct,ops,matmul,embedded,vllm")
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --tiny tries the script on a CPU")
@@ -74,6 +76,7 @@ def main() -> None:
     sections: dict[str, Callable[[], Any]] = {
         "correct": lambda: correct(device, tiny=args.tiny),
         "ops": lambda: timed(device, tiny=args.tiny),
+        "matmul": lambda: matmul(device, tiny=args.tiny),
         "embedded": lambda: embedded(device, tiny=args.tiny, left_s=left_s),
         "vllm": lambda: on_vllm(tiny=args.tiny, left_s=left_s),
     }

@@ -14,8 +14,10 @@ from trimtab.steering.artifact import ModelRef
 from trimtab.steering.model.decoder import find_decoder_layers, text_config
 from trimtab.steering.model.hooks import captured
 from trimtab.steering.model.loading import loader_for
+from trimtab.steering.model.quantized.facts import QuantizationFacts
+from trimtab.steering.model.quantized.folder import facts_of
 from trimtab.steering.model.quantized.linear import QuantizedLinear
-from trimtab.steering.model.quantized.load import without_quantization
+from trimtab.steering.model.quantized.load import quantization_of, without_quantization
 
 # Keys of a config that do not change what the weights compute.
 _VOLATILE = {
@@ -99,7 +101,9 @@ def profile_model(model: Any, *, model_id: str, tokenizer: Any = None) -> ModelP
         model(input_ids=torch.tensor([ids], device=device), use_cache=False)
         norms = [states[i][0, 1:].float().norm(dim=-1).median() for i in range(len(layers))]
     return ModelProfile(
-        ref=_ref(model, model_id=model_id, n_layers=len(layers)),
+        ref=_ref(
+            model, model_id=model_id, n_layers=len(layers), quantization=quantization_of(model)
+        ),
         layers=tuple(layers),
         hidden_norms=torch.stack(norms).cpu().clamp_min(1e-6),
         max_context=max_context,
@@ -132,18 +136,23 @@ def ref_without_weights(source: str, *, model_id: str) -> ModelRef:
     """
     from transformers import AutoConfig
 
-    config = without_quantization(AutoConfig.from_pretrained(source, trust_remote_code=False))
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    facts = facts_of(vars(config), where=f"The model {source!r}")
+    config = without_quantization(config)
     with torch.device("meta"):
         model = loader_for(config).from_config(config)
     n_layers = int(text_config(model).num_hidden_layers)
-    return _ref(model, model_id=model_id, n_layers=n_layers)
+    return _ref(model, model_id=model_id, n_layers=n_layers, quantization=facts)
 
 
-def _ref(model: Any, *, model_id: str, n_layers: int) -> ModelRef:
+def _ref(
+    model: Any, *, model_id: str, n_layers: int, quantization: QuantizationFacts | None
+) -> ModelRef:
     return ModelRef(
         id=model_id,
         fingerprint=fingerprint(model),
         model_type=model.config.model_type,
         hidden_size=text_config(model).hidden_size,
         n_layers=n_layers,
+        quantization=None if quantization is None else quantization.label,
     )

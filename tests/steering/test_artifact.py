@@ -221,3 +221,15 @@ def test_a_card_is_plain_json() -> None:
     """A tensor left in the card breaks the listing of all vectors."""
     card = json.loads(json.dumps(made().card(), allow_nan=False))
     assert (card["id"], card["has_probe"], len(card["norms"])) == ("warm", True, 3)
+
+
+def test_the_quantisation_it_was_made_on_is_kept() -> None:
+    """A field that is dropped, or one that makes older files unreadable or changes newer ones."""
+    plain = made()
+    assert from_bytes(to_bytes(plain), name="v").model.quantization is None
+    assert b"quantization" not in to_bytes(plain)
+    quantised = made(model=replace(plain.model, quantization="w4a8 gptq"))
+    again = from_bytes(to_bytes(quantised), name="v")
+    assert again.model == quantised.model
+    assert again.card()["model"]["quantization"] == "w4a8 gptq"
+    assert again.digest == plain.digest

@@ -406,3 +406,32 @@ def test_a_spec_error_is_what_limits_raise(shelf: Shelf) -> None:
     """The server maps SpecError to 400; anything else of ours would be a 500."""
     with pytest.raises(SpecError):
         compiled("100 x", shelf, Limits(max_dose=0.1))
+
+
+# --- what it was measured on
+
+
+NVFP4 = replace(MODEL, quantization="nvfp4 gptq")
+
+
+@pytest.mark.parametrize(
+    ("built", "served", "says"),
+    [
+        (MODEL, MODEL, None),
+        (NVFP4, NVFP4, None),
+        (MODEL, NVFP4, ("unquantised weights", "nvfp4 gptq")),
+        (NVFP4, MODEL, ("nvfp4 gptq", "unquantised weights")),
+        # A GGUF says nothing of what it was made on.
+        (replace(MODEL, fingerprint=None), NVFP4, None),
+    ],
+)
+def test_other_weights_are_told(
+    built: ModelRef, served: ModelRef, says: tuple[str, str] | None, shelf: Shelf
+) -> None:
+    """A vector of bfloat16 refused by its own model in four bits, or applied without a word."""
+    shelf["q"] = made("q", axis(0), model=built)
+    spec = parse_spec({"vectors": [{"id": "q"}], "ablate": [{"id": "q"}]})
+    plan = compile_plan(spec, shelf, model=served, hidden_norms=NORMS, limits=FREE)
+    for entry in plan.receipt["applied"]:
+        told = entry.get("calibrated_on"), entry.get("served_on")
+        assert told == (says or (None, None))

@@ -121,6 +121,7 @@ def _facts(classifier: ClassifierArtifact) -> dict[str, str]:
     facts = {
         "model": f"{classifier.model.id} ({classifier.model.model_type}, "
         f"width {classifier.model.hidden_size})",
+        "measured on": classifier.model.weights,
         "labels": ", ".join(classifier.labels),
         "of a text": "one label" if classifier.is_exclusive else "any number of labels",
         "network": f"{' and '.join(map(str, hidden))} hidden units" if hidden else "linear",

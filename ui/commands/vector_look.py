@@ -88,6 +88,7 @@ def _facts(vector: VectorArtifact) -> dict[str, str]:
     width_of = f"width {vector.model.hidden_size}"
     facts = {
         "model": f"{vector.model.id} ({vector.model.model_type}, {width_of})",
+        "measured on": vector.model.weights if vector.model.fingerprint else "",
         "method": vector.method,
         "options": ", ".join(f"{k}={v}" for k, v in vector.settings.items()),
         "data": ", ".join(f"{k}={_short(v)}" for k, v in vector.data.items()),

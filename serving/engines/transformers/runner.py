@@ -19,6 +19,7 @@ from trimtab.steering.bank import Bank
 from trimtab.steering.model.attention import attention_configs
 from trimtab.steering.model.decoder import text_config
 from trimtab.steering.model.hooks import steered
+from trimtab.steering.model.quantized.linear import exact_products
 from trimtab.steering.step import Span, SteerStep
 from trimtab.steering.step_planner import StepPlanner
 
@@ -181,19 +182,23 @@ class SoloRunner:
 def packing_problem(packed: PackedRunner) -> str | None:
     """Return why a model cannot run packed, or None if it gives the model's own numbers.
 
+    Activations are not rounded for it, see `exact_products`.
+
     Two sequences are prefilled together and decoded one token together, and compared with the
     model run on each alone. This decides by the numbers, not by a list of architectures.
     """
     model, none = packed.model, Span(0)
     vocab = int(text_config(model).vocab_size)
     ids = [[(11 * i + 3 * j) % vocab for i in range(1, 9 + 4 * j)] for j in range(2)]
-    try:
-        prefill = packed.run([Chunk(j, x[:-1], 0, none, 1) for j, x in enumerate(ids)])
-        decode = packed.run([Chunk(j, x[-1:], len(x) - 1, none, 1) for j, x in enumerate(ids)])
-    except Exception as error:  # any model may fail in its own way; the reason is reported
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    for j, x in enumerate(ids):
-        own = model(input_ids=torch.tensor([x], device=packed.device)).logits[0, -2:].float()
+    with exact_products(model):
+        try:
+            prefill = packed.run([Chunk(j, x[:-1], 0, none, 1) for j, x in enumerate(ids)])
+            decode = packed.run([Chunk(j, x[-1:], len(x) - 1, none, 1) for j, x in enumerate(ids)])
+        except Exception as error:  # any model may fail in its own way; the reason is reported
+            return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        alone = [model(input_ids=torch.tensor([x], device=packed.device)).logits[0] for x in ids]
+    for j in range(len(ids)):
+        own = alone[j][-2:].float()
         ours = torch.cat([prefill[j], decode[j]]).float()
         apart = float((ours - own).pow(2).mean().sqrt() / own.std().clamp_min(1e-6))
         bound = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1

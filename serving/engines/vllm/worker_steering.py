@@ -220,6 +220,8 @@ class WorkerSteering:
     def _steer_stream(
         self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None, step: SteerStep
     ) -> None:
+        if not self._measures and step.steer_stream(layer, hidden, residual):
+            return
         stream = _stream(hidden, residual)
         if self._measures:
             self._measure(layer, stream)

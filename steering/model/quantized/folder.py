@@ -148,16 +148,31 @@ def read_folder(path: Path, *, verify: bool = False) -> QuantizedFolder | None:
             f"{where} says that it is quantised, and holds no such weight. {_AGAIN}"
         )
     by_module = {name: group_of(name, groups, where=where) for name in modules}
-    facts = (
-        facts_from_json(config[KEY], where=where) if KEY in config else _foreign_facts(by_module)
-    )
+    facts = facts_of(config, where=where)
+    assert facts is not None  # it is quantised, as was seen above
     return QuantizedFolder(path, facts, by_module, files)
 
 
-def _foreign_facts(by_module: Mapping[str, Group]) -> QuantizationFacts:
-    """Return the facts of a folder that others made."""
-    formats = sorted({group.layout.format for group in by_module.values()})
-    return QuantizationFacts(scheme="+".join(formats))
+def facts_of(config: Mapping[str, Any], *, where: str) -> QuantizationFacts | None:
+    """Return what a config.json says of the quantisation.
+
+    Args:
+        config: its fields.
+        where: what to call the model in errors.
+
+    Returns:
+        The facts, of a folder that others made the format alone; None if it is not quantised, or
+        in a way that is transformers' own matter.
+
+    Raises:
+        ModelLoadError: it is quantised in a way that trimtab does not read.
+    """
+    if not is_quantized(config):
+        return None
+    if KEY in config:
+        return facts_from_json(config[KEY], where=where)
+    groups = read_groups(config[STANDARD_KEY], where=where)
+    return QuantizationFacts(scheme="+".join(sorted({g.layout.format for g in groups})))
 
 
 def _quantized_modules(files: Mapping[str, str]) -> list[str]:
@@ -226,7 +241,7 @@ def _json(path: Path, *, where: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{where} has an unreadable {path.name}: {error}.") from None
+        raise ModelLoadError(f"{where} has an unreadable {path.name}: {error}. {_AGAIN}") from None
     if not isinstance(value, dict):
         raise ModelLoadError(f"{where} has a {path.name} that is not an object.")
     return value

@@ -97,7 +97,7 @@ def read_groups(config: Any, *, where: str) -> list[Group]:
         ]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ModelLoadError(
-            f"{where} has an unreadable quantization_config in its config.json: {error!r}."
+            f"{where} has an unreadable quantization_config in its config.json: {error!r}. {_HINT}"
         ) from None
     if not read:
         raise _refusal(where, "its quantization_config has no groups")

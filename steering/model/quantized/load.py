@@ -18,11 +18,14 @@ from trimtab.kernels.formats import Fp8Matrix
 from trimtab.kernels.matmul import Activations, PreparedWeight, prepare
 from trimtab.kernels.matmul.dense import DenseWeight
 from trimtab.steering.errors import ModelLoadError
-from trimtab.steering.model.quantized.facts import KEY, STANDARD_KEY
+from trimtab.steering.model.quantized.facts import KEY, STANDARD_KEY, QuantizationFacts
 from trimtab.steering.model.quantized.folder import QuantizedFolder
 from trimtab.steering.model.quantized.fp8_weight import Fp8Weight
 from trimtab.steering.model.quantized.layout import Matrix
 from trimtab.steering.model.quantized.linear import QuantizedLinear
+
+# On the model itself, because whoever has it must not be able to forget what it is.
+_FACTS = "trimtab_quantization_facts"
 
 
 def load_quantized(
@@ -84,7 +87,13 @@ def load_quantized(
             f"{folder.path} has a low-rank correction for {next(iter(factors))!r}, which is not "
             "quantised. Quantise it again with `trimtab quantize`."
         )
+    setattr(model, _FACTS, folder.facts)
     return model, info, _told(folder, kinds, n_bytes=n_bytes, dtype=dtype, device=device)
+
+
+def quantization_of(model: nn.Module) -> QuantizationFacts | None:
+    """Return how a loaded model's weights are quantised; None if they are not."""
+    return getattr(model, _FACTS, None)
 
 
 def without_quantization(config: Any) -> Any:
