@@ -36,7 +36,7 @@ def original(tmp_path_factory) -> Path:
     return save_original(tmp_path_factory.mktemp("quantization") / "llama")
 
 
-def random_text(n_rows: int = 9, n_tokens: int = 32, seed: int = 0):
+def random_text(n_rows: int = 5, n_tokens: int = 24, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     return split_rows(
         torch.randint(3, 120, (n_rows, n_tokens), generator=generator), origin="random tokens"
@@ -117,7 +117,7 @@ def test_what_is_served_is_what_was_measured(settings, original, tmp_path):
 def test_any_architecture(name, tmp_path):
     """Catches a walk that knows Llama's names only, or writes a tensor under the wrong one."""
     source = save_original(tmp_path / name, name=name)
-    report = quantized(source, tmp_path / "made", QuantizeSettings())
+    report = quantized(source, tmp_path / "made", QuantizeSettings(method="mse"))
     served = load_model(str(tmp_path / "made"), device="cpu", dtype="float32")
     assert nll(served.model, random_text().held) == pytest.approx(report.nll_after, abs=1e-5)
     assert report.n_quantized >= 4
@@ -230,6 +230,9 @@ def test_what_cannot_be_quantised_is_refused(original, tmp_path):
     gpt2 = save_original(tmp_path / "gpt2", name="gpt2")
     with pytest.raises(ModelLoadError, match=r"hold no nn\.Linear"):
         quantized(gpt2, tmp_path / "b", QuantizeSettings())
+    quantized(original, tmp_path / "once", QuantizeSettings(method="rtn"))
+    with pytest.raises(ModelLoadError, match="quantised already"):
+        quantized(tmp_path / "once", tmp_path / "twice", QuantizeSettings())
     (tmp_path / "c").mkdir()
     with pytest.raises(ModelLoadError, match="exists already"):
         quantized(original, tmp_path / "c", QuantizeSettings())
@@ -350,7 +353,7 @@ def test_the_real_model_becomes_a_quarter_and_still_knows_english(smollm2, tmp_p
     before = nll(smollm2.model, rows)
     own = load_model("smollm2", device="cpu", dtype="bfloat16")  # the other is everybody's
     target = tmp_path / "made"
-    text = split_rows(rows.view(8, 32), origin="neutral text")
+    text = split_rows(rows.view(16, 16), origin="neutral text")
     report = quantize_model(
         own,
         target,

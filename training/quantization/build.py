@@ -98,6 +98,8 @@ def quantize_model(
         if is_measured:
             before = nll(model, measured.rows, progress=_stage(progress, "Measuring the original"))
         begun = begin_walk(model, words.ids, settings)
+        for name in begun.precisions:
+            source.named(f"{name}.weight")  # refuses now what could not be written later
         n_in_layers = sum(p.numel() for layer in begun.runs.layers for p in layer.parameters())
         if settings.mixed is not None:
             found = sensitivities(

@@ -57,7 +57,7 @@ def quantize_layer(
         precisions: what is asked for a linear, by its full name in the model; others get 4 bits.
 
     Returns:
-        What became of the layer, and what comes out of it.
+        What became of the layer, and what comes out of it; what went in if nothing is calibrated.
     """
     device = next(layer.parameters()).device
     row = streams.quantized[:1].to(device)
@@ -112,6 +112,8 @@ def quantize_layer(
         if key not in taken and not value.equal(before[key])
     }
     result = LayerResult(name, done, changed, kept, exponents)
+    if not settings.needs_calibration:
+        return result, streams  # nothing reads them
     return result, Streams(run_rows(layer, call, streams.quantized), true)
 
 
