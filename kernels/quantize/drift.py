@@ -27,7 +27,7 @@ def corrected_weight(
     Raises:
         ValueError: the damped Hessian is not positive.
 
-    Source: the asymmetric objective of GPTAQ, arXiv 2504.02692, equation 4. Differs: solved in one
+    Source: the asymmetric objective of GPTAQ, arXiv 2504.02692. Differs: solved in one
         go for the whole matrix, as in Qronos (arXiv 2505.11695), instead of column by column.
     """
     wide = weight.double()

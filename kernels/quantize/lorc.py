@@ -26,10 +26,8 @@ def lorc(
     Raises:
         ValueError: a rank the matrix does not have, or whitening of another shape.
 
-    Source: LoRC, arXiv 2303.08302 section 4 and 2307.09782 section 2.3. Whitening by the diagonal
-        is
-        LQER's (arXiv 2402.02446, equation 9), by the whole second moment QERA's (arXiv 2410.06040,
-        theorem 1).
+    Source: LoRC, arXiv 2303.08302, section 4, and 2307.09782. Whitening by the diagonal is
+        LQER's (arXiv 2402.02446), by the whole second moment QERA's (arXiv 2410.06040).
     """
     n_out, n_in = error.shape
     if not 1 <= rank <= min(n_out, n_in):
@@ -53,4 +51,6 @@ def lorc(
     else:
         raise ValueError(f"Whitening {tuple(whitening.shape)} does not fit {n_in} inputs.")
     root = values[:rank].sqrt()
-    return (left[:, :rank] * root).float(), (root.unsqueeze(1) * right[:rank]).float()
+    # Contiguous: products with the same numbers in other strides differ in their last bits.
+    first = (left[:, :rank] * root).float().contiguous()
+    return first, (root.unsqueeze(1) * right[:rank]).float().contiguous()

@@ -98,6 +98,9 @@ def quantize_model(
         if is_measured:
             before = nll(model, measured.rows, progress=_stage(progress, "Measuring the original"))
         begun = begin_walk(model, words.ids, settings)
+        for name in begun.precisions:
+            source.named(f"{name}.weight")  # refuses now what could not be written later
+        n_in_layers = sum(p.numel() for layer in begun.runs.layers for p in layer.parameters())
         if settings.mixed is not None:
             found = sensitivities(
                 begun.runs, begun.fmt, progress=_stage(progress, "Measuring sensitivity")
@@ -123,6 +126,7 @@ def quantize_model(
             bits=sum(linear.bits * linear.n_weights for linear in linears) / max(1, n_weights),
             n_quantized=len(linears),
             n_kept=len(kept),
+            coverage=n_weights / n_in_layers,
             kept=kept,
             balanced=balanced,
             bytes_before=_weights_bytes(source.path),

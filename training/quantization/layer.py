@@ -57,11 +57,14 @@ def quantize_layer(
         precisions: what is asked for a linear, by its full name in the model; others get 4 bits.
 
     Returns:
-        What became of the layer, and what comes out of it.
+        What became of the layer, and what comes out of it; what went in if nothing is calibrated.
     """
     device = next(layer.parameters()).device
     row = streams.quantized[:1].to(device)
-    before = {key: value.clone() for key, value in _small(layer).items()}
+    before = {key: value.detach().clone() for key, value in layer.named_parameters()}
+    # Before anything is folded: the fold's rounding is no part of the original, and a run that is
+    # taken up again has the original weights here too.
+    true = None if streams.true is None else run_rows(layer, call, streams.true)
     groups = shared_inputs(layer, call, row)
     exponents: dict[str, float] = {}
     if settings.method in ("awq", "awq+gptq"):
@@ -101,26 +104,20 @@ def quantize_layer(
         for n, quantized in quantize_group(weights, inputs, fmt, settings, precision).items():
             done[n] = quantized
             quantized.put_into(layer, n, settings.activations)
+    # Norms, and whatever else folds went through: it may be a linear that was kept.
+    taken = {f"{n}.weight" for n in done}
     changed = {
-        key: value.clone() for key, value in _small(layer).items() if not value.equal(before[key])
+        key: value.detach().clone()
+        for key, value in layer.named_parameters()
+        if key not in taken and not value.equal(before[key])
     }
     result = LayerResult(name, done, changed, kept, exponents)
-    return result, run_streams(layer, call, streams, original=original)
+    if not settings.needs_calibration:
+        return result, streams  # nothing reads them
+    return result, Streams(run_rows(layer, call, streams.quantized), true)
 
 
 @torch.inference_mode()
-def run_streams(
-    layer: nn.Module,
-    call: LayerCall,
-    streams: Streams,
-    *,
-    original: tuple[nn.Module, torch.Tensor] | None,
-) -> Streams:
-    """Run the calibration rows through a layer, quantised and original."""
-    true = None if original is None else run_rows(original[0], call, original[1])
-    return Streams(run_rows(layer, call, streams.quantized), true)
-
-
 def run_rows(layer: nn.Module, call: LayerCall, hidden: torch.Tensor) -> torch.Tensor:
     """Return what a layer makes of rows `[n_rows, n_tokens, d_model]`, on the CPU."""
     device = next(layer.parameters()).device
@@ -138,9 +135,3 @@ def _asked(names: Sequence[str], layer_name: str, precisions: Mapping[str, Preci
 
 def _fits(layer: nn.Module, names: Sequence[str], fmt: Format) -> bool:
     return all(linears(layer)[n].in_features % fmt.group_size == 0 for n in names)
-
-
-def _small(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters that are no linear's matrix; folds may change them."""
-    matrices = {f"{name}.weight" for name in linears(layer)}
-    return {n: p.detach() for n, p in layer.named_parameters() if n not in matrices}

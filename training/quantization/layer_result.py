@@ -23,8 +23,8 @@ class LayerResult:
     Attributes:
         name: of the layer in the model.
         linears: name in the layer -> what it became.
-        changed: name of a parameter in the layer -> its new value (norms that AWQ's scales were
-            folded into).
+        changed: name of a parameter in the layer -> its new value: what AWQ's scales were folded
+            into.
         kept: names of linears that stayed as they are, with the reason.
         exponents: AWQ's, by the module the scale was folded into.
     """

@@ -40,6 +40,8 @@ class QuantizationReport:
         scheme, method, calibration: what was done, on what.
         bits: a weight of the quantised linears.
         n_quantized, n_kept: linears.
+        coverage: the quantised linears' share of all weights in the decoder layers; what is missing
+            are kept linears, norms, and matrices that are no nn.Linear, such as fused experts.
         kept: name -> why it stayed as it is.
         balanced: norms and linears that AWQ's scales were folded into -> exponent.
         bytes_before, bytes_after: of the weights files.
@@ -54,6 +56,7 @@ class QuantizationReport:
     bits: float
     n_quantized: int
     n_kept: int
+    coverage: float
     kept: dict[str, str]
     balanced: dict[str, float]
     bytes_before: int

@@ -88,8 +88,8 @@ def raise_precision(
     Returns:
         The precisions with the raised ones.
 
-    Source: greedy choice by damage spared per bit, as in HAWQ-V3's knapsack (arXiv 2011.10680,
-        section 3.3), with a measured layer error in place of the Hessian's trace.
+    Source: greedy choice by damage spared per bit, as in HAWQ-V3's knapsack (arXiv 2011.10680),
+        with a measured layer error in place of the Hessian's trace.
     """
     raised = dict(precisions)
     free = [s for s in found if all(raised.get(n, "4-bit") == "4-bit" for n in s.names)]

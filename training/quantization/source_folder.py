@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from trimtab.steering.errors import ModelLoadError, listed
+from trimtab.steering.model.quantized.folder import is_quantized
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -24,11 +25,16 @@ class SourceFolder:
         path: the folder.
 
     Raises:
-        ModelLoadError: it holds no safetensors weights.
+        ModelLoadError: it holds no safetensors weights, or ones that are quantised already.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if is_quantized(json.loads((path / "config.json").read_text(encoding="utf-8"))):
+            raise ModelLoadError(
+                f"{path} is quantised already, and rounding it again would only lose more: give "
+                "the original model."
+            )
         if (path / _INDEX).is_file():
             index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
             self._files = {name: path / file for name, file in index["weight_map"].items()}

@@ -14,7 +14,6 @@ from trimtab.training.quantization.layer import (
     Streams,
     quantize_layer,
     run_rows,
-    run_streams,
 )
 from trimtab.training.quantization.layer_result import LayerResult
 from trimtab.training.quantization.layer_runs import LayerRuns, layer_runs, linears
@@ -113,5 +112,6 @@ def _again(
     """Put a layer of an earlier run in place, and run the rows through it."""
     true = None if streams.true is None else run_rows(layer, call, streams.true)
     result.put_into(layer, settings.activations)
-    done = run_streams(layer, call, Streams(streams.quantized, None), original=None)
-    return Streams(done.quantized, true)
+    if not settings.needs_calibration:
+        return streams
+    return Streams(run_rows(layer, call, streams.quantized), true)

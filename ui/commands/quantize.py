@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trimtab.training.quantization.report import QuantizationReport
 
 _WORST = 5
+_FEW_ROWS = 16
 # Not "auto": its measurement may fall out differently when an interrupted run is taken up again.
 _loading_options = partial(loading_options, dtype="bfloat16")
 
@@ -148,6 +149,8 @@ def quantize(
     settings = QuantizeSettings(
         scheme=scheme, method=method, group_size=group_size, lorc=lorc, keep=keep, mixed=mixed
     )
+    if not settings.needs_calibration:
+        rows = min(rows, _FEW_ROWS)  # they are measured on only
     # All that can be refused is refused before the model is loaded.
     for path in (calibration, measure):
         if path is not None and not path.is_file():
@@ -237,7 +240,11 @@ def _show(report: QuantizationReport) -> None:
     saved = report.bytes_before / max(1, report.bytes_after)
     lines = [
         ("scheme, method", f"{report.scheme}, {report.method}"),
-        ("bits a weight", f"{report.bits:.2f}, in {report.n_quantized} linears"),
+        (
+            "bits a weight",
+            f"{report.bits:.2f}, in {report.n_quantized} linears, "
+            f"{report.coverage:.1%} of the layers' weights",
+        ),
         (
             "weights",
             f"{_mb(report.bytes_before)} -> {_mb(report.bytes_after)}, {saved:.1f}x smaller",
