@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trimtab.steering.model.paths import data_home, model_id
+from trimtab.steering.model.paths import data_home, model_id, store_id
 
 if TYPE_CHECKING:
     from trimtab.steering.spec import AblateTerm, SteeringSpec, VectorTerm
@@ -14,14 +14,14 @@ __all__ = ["all_stores", "check_names", "model_id", "store_of"]
 
 
 def store_of(model: str) -> Store:
-    """Return the store of a model's vectors and presets.
+    """Return the store of a model's vectors, classifiers and presets.
 
     Args:
         model: a folder, a Hugging Face id or the default model's name.
     """
     from trimtab.steering.store import Store, model_folder
 
-    return Store(model_folder(data_home(), model_id(model)))
+    return Store(model_folder(data_home(), store_id(model)))
 
 
 def all_stores() -> list[Store]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -30,6 +31,24 @@ def model_id(model: str) -> str:
     """Return the name a model is served under: a folder's own name, else what was given."""
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model
+
+
+def store_id(model: str) -> str:
+    """Return the id under whose name a model's vectors, classifiers and presets are kept.
+
+    A quantised folder keeps them with its original, which it names: what was made on one serves both.
+
+    Args:
+        model: a folder, a Hugging Face id or the default model's name.
+    """
+    path = Path(model).expanduser() / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        original = config["trimtab_quantization"]["source"]["id"]
+    # Not quantised, or not readable: whoever loads the model says what is wrong with it.
+    except (OSError, ValueError, KeyError, TypeError):
+        return model_id(model)
+    return original if isinstance(original, str) and original else model_id(model)
 
 
 def _home(own: str, xdg: str, fallback: Path) -> Path:

@@ -13,6 +13,7 @@ import pytest
 from cli_program import PROGRAM
 
 from trimtab.steering.model.loading import load_model
+from trimtab.ui.stores import store_of
 
 TEXT = "A short text of letters that the toy knows. " * 40
 
@@ -40,6 +41,8 @@ def test_quantize_says_what_came_of_it_and_what_to_do_next(
     assert "nats a token) on 8 rows of text.txt, those left out" in done.out
     assert done.err.splitlines()[-1] == f"Next: trimtab serve {target}"
     assert load_model(str(target), device="cpu", dtype="float32").model is not None
+    # Vectors of the original are there when the quantised model is served.
+    assert store_of(str(target)).folder == store_of(str(toy_folder)).folder
 
 
 def test_json_holds_every_linear(toy_folder, text_file, tmp_path, trimtab):

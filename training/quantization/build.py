@@ -82,6 +82,7 @@ def quantize_model(
     folder = ProgressFolder(target.with_name(target.name + ".progress"))
     try:
         facts = {
+            "id": loaded.id,
             "model": source.digest,
             "dtype": str(loaded.dtype),
             "text": text_name,
@@ -202,7 +203,7 @@ def _write(
             method=settings.method,
             lorc_rank=settings.lorc,
             trimtab_version=version("trimtab"),
-            source={"model": facts["model"]},
+            source={"id": facts["id"], "digest": facts["model"]},
             report=report.summary(),
         ),
         ignore=ignore,

@@ -28,7 +28,7 @@ from trimtab.serving.settings import ServerSettings
 from trimtab.serving.state import ServerState
 from trimtab.steering.bank_room import check_fits
 from trimtab.steering.errors import ModelLoadError, NotFoundError
-from trimtab.steering.model.paths import data_home, model_id
+from trimtab.steering.model.paths import data_home, model_id, store_id
 from trimtab.steering.store import Store, model_folder
 
 MAX_DOSE = "TRIMTAB_MAX_DOSE"
@@ -63,6 +63,10 @@ def public_name(model: str) -> str:
     return cached[1].replace("--", "/") if cached else model_id(model)
 
 
+def _store_name(model: str) -> str:
+    return public_name(model) if _CACHED.search(model) else store_id(model)
+
+
 def steering_of(llm: Any) -> PlainSteering:
     """Return what compiles the requests of an `AsyncLLM`; made when it is first asked for."""
     mine: PlainSteering | None = getattr(llm, "_trimtab_steering", None)
@@ -92,7 +96,7 @@ class PlainSteering:
             served_name = served_name[0]
         self.server = ServerState(
             engine=lifecycle.engine,
-            store=Store(model_folder(data_home(), self._name)),
+            store=Store(model_folder(data_home(), _store_name(self._source))),
             settings=environment_settings().model_copy(update={"served_model_name": served_name}),
             lifecycle=lifecycle,
             metrics=Metrics(lifecycle, jobs),
