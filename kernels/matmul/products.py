@@ -113,7 +113,8 @@ def w4a16(
     rm = tl.program_id(2) * BM + tl.arange(0, BM)
     at = tl.arange(0, 64)
     # Column of place (i, h, t, c) for the first operand; the others' are 2, 4 and 6 further.
-    column = at // 2 % 4 * 64 + at // 16 * 16 + at // 8 % 2 * 8 + at % 2
+    pair = at // 2 % 4 * 64 + at // 16 * 16 + at // 8 % 2 * 8
+    column = pair + at % 2
     first, last = n_blocks * split // SPLITS, n_blocks * (split + 1) // SPLITS
     in_rows = rn[:, None] < n_out
     row = _rows_at(rn, n_blocks, first)
@@ -131,7 +132,8 @@ def w4a16(
             x2 = tl.load(x_at + 4)
             x3 = tl.load(x_at + 6)
         else:
-            left = n_in - block * 256 - column[None, :]
+            # n_in is even, so a pair is there or not: a mask for each column would split the loads.
+            left = n_in - block * 256 - pair[None, :]
             x0 = tl.load(x_at, mask=left > 0, other=0.0)
             x1 = tl.load(x_at + 2, mask=left > 2, other=0.0)
             x2 = tl.load(x_at + 4, mask=left > 4, other=0.0)
