@@ -119,6 +119,8 @@ def compile_ahead(case: Case) -> Compiled:
         missed=layouts.too_few_neighbours(made.asm["ttgir"]),
     )
     result.missed.extend(_missed(case, result))
+    if sass.are_serialized(hot):
+        result.missed.append("tensor-core instructions wait for one another")
     if case.holds not in made.asm["ptx"]:
         result.missed.append(f"no {case.holds} in the PTX")
     return result

@@ -22,7 +22,7 @@ def cases() -> list[Case]:
     table = dispatch()
     found = []
     for tile in table.fp8.tiles:
-        found += [_w4a8(tile, group=16), _w4a8(tile, group=32, is_gated=tile.tokens == 16)]
+        found += [_w4a8(tile, group=16), _w4a8(tile, group=32, is_gated=False)]
     for tile in table.half.tiles:
         found += [
             _w4a16(tile, kind="bf16", group=16),
@@ -31,7 +31,7 @@ def cases() -> list[Case]:
         ]
     for tile in table.int4.tiles:
         found += [
-            _w4a16(tile, kind="bf16", group=128, is_int4=True),
+            _w4a16(tile, kind="bf16", group=128, is_int4=True, is_gated=tile.tokens == 16),
             _w4a16(tile, kind="fp16", group=64, is_int4=True, is_gated=False),
         ]
     first = table.fp8.tiles[0], table.half.tiles[0]
@@ -204,6 +204,7 @@ def _beside() -> list[Case]:
             arguments=half,
             constants=whole,
             aligned=("codes", "scales", "rows", "w", "n_in"),
+            is_gated=False,
         ),
         Case(
             name="add_splits 4",

@@ -86,6 +86,18 @@ def count_tensor(instructions: Iterable[str]) -> int:
     return sum(bool(_TENSOR.match(opcode(one))) for one in instructions)
 
 
+def are_serialized(instructions: Iterable[str]) -> bool:
+    """Whether each of Hopper's products waits for the one before.
+
+    ptxas says so in a note that Triton keeps to itself (C7510, C7515); in the code every product is
+    then between a WARPGROUP.ARRIVE and a wait of its own.
+    """
+    body = list(instructions)
+    products = sum(opcode(one) in ("HGMMA", "QGMMA", "IGMMA") for one in body)
+    arrivals = sum("WARPGROUP.ARRIVE" in one for one in body)
+    return products > 1 and arrivals >= products
+
+
 def _tool(name: str, *arguments: str) -> str:
     import triton
 

@@ -1,5 +1,7 @@
 """A whole matrix decoded to scratch memory, for products with so many tokens that it pays.
 
+A program decodes one block of fragments; those are padded to whole blocks, so loads need no mask.
+
 Importing this imports triton.
 """
 

@@ -42,11 +42,12 @@ class FragmentWeight(PreparedWeight):
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the matrix, decoded by the kernels' own code."""
         it, (n_out, n_in) = self.fragments, self.shape
-        if it.scheme != "fp8":
-            return operator.expanded_half(
-                it.codes, it.scales, it.rows, it.scheme, n_in=n_in, dtype=dtype
-            )
-        levels = operator.expanded_fp8(it.codes, it.scales, n_rows=n_out)
+        with torch.cuda.device_of(it.codes):
+            if it.scheme != "fp8":
+                return operator.expanded_half(
+                    it.codes, it.scales, it.rows, it.scheme, n_in=n_in, dtype=dtype
+                )
+            levels = operator.expanded_fp8(it.codes, it.scales, n_rows=n_out)
         place_of = column_order("fp8").flatten().argsort().to(self.device)
         ordered = levels.view(n_out, -1, COLUMNS).float()[..., place_of].flatten(1)[:, :n_in]
         return (ordered * it.rows.unsqueeze(1)).to(dtype)

@@ -43,18 +43,20 @@ def four_bit_product(
     n_tokens, n_out = x.shape[0], rows.shape[0]
     if not n_tokens:
         return x.new_empty(0, n_out)
-    if n_tokens >= dispatch().table(scheme).expand_from:
-        return _expanded_product(x, codes, scales, rows, bias, scheme)
-    return tile_product(
-        x,
-        codes,
-        scales,
-        rows,
-        bias,
-        scheme,
-        tile=dispatch().table(scheme).tile(n_tokens),
-        splits=dispatch().splits(n_out, x.shape[1], n_tokens=n_tokens),
-    )
+    table = dispatch().table(scheme)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whosever the tensors
+        if n_tokens >= table.expand_from:
+            return _expanded_product(x, codes, scales, rows, bias, scheme)
+        return tile_product(
+            x,
+            codes,
+            scales,
+            rows,
+            bias,
+            scheme,
+            tile=table.tile(n_tokens),
+            splits=dispatch().splits(n_out, x.shape[1], n_tokens=n_tokens),
+        )
 
 
 @four_bit_product.register_fake
@@ -252,9 +254,9 @@ def _expanded_product(
             w.T,
             scale_a=token_scales.unsqueeze(1),
             scale_b=F.pad(rows, (0, n_rows - n_out)).unsqueeze(0),
-            out_dtype=x.dtype,
+            out_dtype=torch.bfloat16,  # all that torch has for scales by row
             use_fast_accum=False,
-        )[:, :n_out]
+        )[:, :n_out].to(x.dtype)
     else:  # the interpreter's
         sums = q.float() @ w[:n_out].float().T
         y = (sums * token_scales.unsqueeze(1) * rows).to(x.dtype)

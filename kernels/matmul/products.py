@@ -62,17 +62,19 @@ def w4a8(
     rm = tl.program_id(2) * BM + tl.arange(0, BM)
     at = tl.arange(0, 128)
     first, last = n_blocks * split // SPLITS, n_blocks * (split + 1) // SPLITS
-    in_rows, in_tokens = rn[:, None] < n_out, rm[:, None] < n_tokens
+    in_rows = rn[:, None] < n_out
     row = _rows_at(rn, n_blocks, first)
-    x_at = x + (rm[:, None].to(tl.int64) * n_blocks + first) * 256 + at[None, :]
+    # Tokens past the last read the last: a mask costs an instruction a load, and nothing is stored.
+    there = tl.minimum(rm, n_tokens - 1)[:, None].to(tl.int64)
+    x_at = x + (there * n_blocks + first) * 256 + at[None, :]
     codes_at = codes + row[:, None] * 128 + at[None, :]
     scales_at = scales + row[:, None, None] * (4 * EACH) + scale_offsets(4, EACH)
     total = tl.zeros((BN, BM), tl.float32)
     for _ in tl.range(first, last, num_stages=STAGES):
         packed = tl.load(codes_at, mask=in_rows, other=0)
         tops = tl.load(scales_at, mask=in_rows[:, :, None], other=0)
-        x0 = tl.load(x_at, mask=in_tokens, other=0.0)
-        x1 = tl.load(x_at + 128, mask=in_tokens, other=0.0)
+        x0 = tl.load(x_at)
+        x1 = tl.load(x_at + 128)
         w0, w1 = fp8_operands(packed, tops)
         # Tensor cores add FP8 products with about 14 bits; float32 takes over every 256 columns.
         part = tl.dot(w0, x0.T)
@@ -111,11 +113,13 @@ def w4a16(
     rm = tl.program_id(2) * BM + tl.arange(0, BM)
     at = tl.arange(0, 64)
     # Column of place (i, h, t, c) for the first operand; the others' are 2, 4 and 6 further.
-    column = at // 2 % 4 * 64 + at // 16 * 16 + at // 8 % 2 * 8 + at % 2
+    pair = at // 2 % 4 * 64 + at // 16 * 16 + at // 8 % 2 * 8
+    column = pair + at % 2
     first, last = n_blocks * split // SPLITS, n_blocks * (split + 1) // SPLITS
-    in_rows, in_tokens = rn[:, None] < n_out, rm[:, None] < n_tokens
+    in_rows = rn[:, None] < n_out
     row = _rows_at(rn, n_blocks, first)
-    x_at = x + rm[:, None].to(tl.int64) * x_stride + first * 256 + column[None, :]
+    there = tl.minimum(rm, n_tokens - 1)[:, None].to(tl.int64)  # as above
+    x_at = x + there * x_stride + first * 256 + column[None, :]
     codes_at = codes + row[:, None] * 64 + at[None, :]
     scales_at = scales + row[:, None, None] * (THREADS * EACH) + scale_offsets(THREADS, EACH)
     total = tl.zeros((BN, BM), tl.float32)
@@ -123,21 +127,24 @@ def w4a16(
         packed = tl.load(codes_at, mask=in_rows, other=0)
         factors = tl.load(scales_at, mask=in_rows[:, :, None], other=0)
         if IS_WHOLE:
-            x0 = tl.load(x_at, mask=in_tokens, other=0.0)
-            x1 = tl.load(x_at + 2, mask=in_tokens, other=0.0)
-            x2 = tl.load(x_at + 4, mask=in_tokens, other=0.0)
-            x3 = tl.load(x_at + 6, mask=in_tokens, other=0.0)
+            x0 = tl.load(x_at)
+            x1 = tl.load(x_at + 2)
+            x2 = tl.load(x_at + 4)
+            x3 = tl.load(x_at + 6)
         else:
-            left = n_in - block * 256 - column[None, :]
-            x0 = tl.load(x_at, mask=in_tokens & (left > 0), other=0.0)
-            x1 = tl.load(x_at + 2, mask=in_tokens & (left > 2), other=0.0)
-            x2 = tl.load(x_at + 4, mask=in_tokens & (left > 4), other=0.0)
-            x3 = tl.load(x_at + 6, mask=in_tokens & (left > 6), other=0.0)
+            # n_in is even, so a pair is there or not: a mask for each column would split the loads.
+            left = n_in - block * 256 - pair[None, :]
+            x0 = tl.load(x_at, mask=left > 0, other=0.0)
+            x1 = tl.load(x_at + 2, mask=left > 2, other=0.0)
+            x2 = tl.load(x_at + 4, mask=left > 4, other=0.0)
+            x3 = tl.load(x_at + 6, mask=left > 6, other=0.0)
         w0, w1, w2, w3 = half_operands(packed, factors, x.dtype.element_ty == tl.bfloat16)
-        total = tl.dot(w0, x0.T, total)
-        total = tl.dot(w1, x1.T, total)
-        total = tl.dot(w2, x2.T, total)
-        total = tl.dot(w3, x3.T, total)
+        # A sum of its own for each block: with one that lives through the loop ptxas lets each
+        # tensor-core instruction wait for the one before (C7515) in the smallest tile.
+        part = tl.dot(w0, x0.T)
+        part = tl.dot(w1, x1.T, part)
+        part = tl.dot(w2, x2.T, part)
+        total += tl.dot(w3, x3.T, part)
         codes_at += 64 * 64
         scales_at += 64 * THREADS * EACH
         x_at += 256

@@ -41,25 +41,26 @@ def scaled_product(
     y = x.new_empty(n_tokens, n_out)
     if not n_tokens:
         return y
-    q, token_scales = operator.quantize_tokens(x, is_ordered=True)
     fits = (tile for tile in _TILES if tile[0] >= n_tokens or tile is _TILES[-1])
     tokens, rows, columns, warps, stages = next(fits)
-    w4a8_scaled[(-(-n_out // rows), -(-n_tokens // tokens))](
-        q,
-        token_scales,
-        codes,
-        scales,
-        bias,
-        y,
-        n_tokens,
-        n_out,
-        n_in,
-        BM=tokens,
-        BN=rows,
-        BK=columns,
-        STAGES=stages,
-        num_warps=warps,
-    )
+    with torch.cuda.device_of(x):
+        q, token_scales = operator.quantize_tokens(x, is_ordered=True)
+        w4a8_scaled[(-(-n_out // rows), -(-n_tokens // tokens))](
+            q,
+            token_scales,
+            codes,
+            scales,
+            bias,
+            y,
+            n_tokens,
+            n_out,
+            n_in,
+            BM=tokens,
+            BN=rows,
+            BK=columns,
+            STAGES=stages,
+            num_warps=warps,
+        )
     return y
 
 
