@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantized_perplexity import file_bytes, resident_bytes
 from transformers import DynamicCache
 
 from trimtab.steering.model.loading import LoadedModel, load_model
@@ -52,23 +53,6 @@ def prompt_ms(model: Any) -> float:
     at = time.perf_counter()
     model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return 1e3 * (time.perf_counter() - at)
-
-
-def resident_bytes(loaded: LoadedModel) -> int:
-    """Return the bytes of everything the model holds, shared storage counted once."""
-    tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
-    for module in loaded.model.modules():
-        prepared = getattr(module, "prepared", None)
-        if prepared is not None:
-            tensors += [t for t in vars(prepared).values() if torch.is_tensor(t)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def file_bytes(loaded: LoadedModel) -> int:
-    """Return the bytes of the files of weights."""
-    assert loaded.source_path is not None
-    return sum(path.stat().st_size for path in loaded.source_path.glob("*.safetensors"))
 
 
 @torch.inference_mode()
@@ -107,7 +91,10 @@ def main() -> None:
     }
     first = medians[args.models[0]]
     sizes = {
-        name: {"file": file_bytes(it), "resident": resident_bytes(it)}
+        name: {
+            "file": file_bytes(it.source_path or Path(name)),
+            "resident": resident_bytes(it.model),
+        }
         for name, it in models.items()
     }
     print(f"torch={torch.__version__} threads={torch.get_num_threads()} dtype={args.dtype}")
