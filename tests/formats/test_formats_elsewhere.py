@@ -37,8 +37,7 @@ def test_compressed_tensors_rounds_as_we_do() -> None:
 
 def test_torchao_nvfp4() -> None:
     """Another scale, another rounding or another order of columns than the reference's."""
-    # Not among the development tools: transformers imports torchao wherever it is installed, which
-    # takes each start of the program two seconds more and prints four lines to stderr.
+    # In a folder of its own, for transformers imports it wherever it is installed: make test-torchao.
     ao = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
     weight = gaussian(64, 512)
     ours = NVFP4().quantize(weight)
