@@ -2,7 +2,6 @@
 
 from trimtab.kernels.quantize.awq import AwqChoice, awq_scale, clip, search_scale
 from trimtab.kernels.quantize.descent import descend
-from trimtab.kernels.quantize.drift import corrected_weight
 from trimtab.kernels.quantize.gptq import gptq
 from trimtab.kernels.quantize.lorc import lorc
 from trimtab.kernels.quantize.rounding import mse, rtn
@@ -11,7 +10,6 @@ __all__ = [
     "AwqChoice",
     "awq_scale",
     "clip",
-    "corrected_weight",
     "descend",
     "gptq",
     "lorc",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+_DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+
 
 def lorc(
     error: torch.Tensor, rank: int, *, whitening: torch.Tensor | None = None
@@ -24,7 +26,7 @@ def lorc(
         both are of one size in half precision.
 
     Raises:
-        ValueError: a rank the matrix does not have, or whitening of another shape.
+        ValueError: a rank the matrix does not have, or whitening of another shape or not finite.
 
     Source: LoRC, arXiv 2303.08302, section 4, and 2307.09782. Whitening by the diagonal is
         LQER's (arXiv 2402.02446), by the whole second moment QERA's (arXiv 2410.06040).
@@ -42,10 +44,7 @@ def lorc(
         left, values, right = torch.linalg.svd(wide * rms, full_matrices=False)
         right = right / rms
     elif whitening.shape == (n_in, n_in):
-        moment = whitening.double()
-        floor = float(moment.diagonal().mean()) * 1e-6 + torch.finfo(torch.float32).tiny
-        moment = moment + floor * torch.eye(n_in, dtype=moment.dtype, device=moment.device)
-        lower = torch.linalg.cholesky(moment)
+        lower = _root(whitening)
         left, values, right = torch.linalg.svd(wide @ lower, full_matrices=False)
         right = torch.linalg.solve_triangular(lower, right, upper=False, left=False)
     else:
@@ -54,3 +53,18 @@ def lorc(
     # Contiguous: products with the same numbers in other strides differ in their last bits.
     first = (left[:, :rank] * root).float().contiguous()
     return first, (root.unsqueeze(1) * right[:rank]).float().contiguous()
+
+
+def _root(moment: torch.Tensor) -> torch.Tensor:
+    """Return L with `L L^T` the second moment `[n, n]`, damped as little as float64 needs.
+
+    With fewer tokens than inputs it is singular, and what float32 left in it may make it negative.
+    """
+    wide = moment.double()
+    mean = float(wide.diagonal().mean()) + torch.finfo(torch.float32).tiny
+    eye = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    for damping in _DAMPINGS:
+        lower, fault = torch.linalg.cholesky_ex(wide + damping * mean * eye)
+        if not int(fault):
+            return lower
+    raise ValueError("Whitening by this second moment is not possible: it holds NaN or infinity.")

@@ -36,7 +36,8 @@ def model_id(model: str) -> str:
 def store_id(model: str) -> str:
     """Return the id under whose name a model's vectors, classifiers and presets are kept.
 
-    A quantised folder keeps them with its original, which it names: what was made on one serves both.
+    A quantised folder keeps them with its original, which it names: what was made on one serves
+    both.
 
     Args:
         model: a folder, a Hugging Face id or the default model's name.

@@ -37,7 +37,7 @@ def test_compressed_tensors_rounds_as_we_do() -> None:
 
 def test_torchao_nvfp4() -> None:
     """Another scale, another rounding or another order of columns than the reference's."""
-    # In a folder of its own, for transformers imports it wherever it is installed: make test-torchao.
+    # In a folder of its own (make test-torchao): transformers imports it wherever it is installed.
     ao = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
     weight = gaussian(64, 512)
     ours = NVFP4().quantize(weight)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -20,28 +18,15 @@ from trimtab.training.quantization.matrices import Quantized, quantize_group
 from trimtab.training.quantization.settings import Precision, QuantizeSettings
 
 
-@dataclass(frozen=True, eq=False)
-class Streams:
-    """Hidden states of the calibration rows in front of a layer, on the CPU.
-
-    Attributes:
-        quantized: through the layers as quantised so far, `[n_rows, n_tokens, d_model]`.
-        true: through the original layers, the same shape; None where no method asks for it.
-    """
-
-    quantized: torch.Tensor
-    true: torch.Tensor | None
-
-
 def quantize_layer(
     layer: nn.Module,
     name: str,
     call: LayerCall,
-    streams: Streams,
+    hidden: torch.Tensor,
     fmt: Format,
     settings: QuantizeSettings,
     precisions: Mapping[str, Precision],
-) -> tuple[LayerResult, Streams]:
+) -> tuple[LayerResult, torch.Tensor]:
     """Quantise a layer in place and run the calibration rows through it.
 
     Every group of linears sees inputs that come through the linears before it as they are after
@@ -51,7 +36,8 @@ def quantize_layer(
         layer: with its original weights, where it is to be computed.
         name: in the model.
         call: how the model calls it.
-        streams: what goes into it.
+        hidden: the rows in front of it, through the layers as quantised so far, on the CPU,
+            `[n_rows, n_tokens, d_model]`.
         fmt: of 4-bit matrices.
         settings: the method and its knobs.
         precisions: what is asked for a linear, by its full name in the model; others get 4 bits.
@@ -60,11 +46,8 @@ def quantize_layer(
         What became of the layer, and what comes out of it; what went in if nothing is calibrated.
     """
     device = next(layer.parameters()).device
-    row = streams.quantized[:1].to(device)
+    row = hidden[:1].to(device)
     before = {key: value.detach().clone() for key, value in layer.named_parameters()}
-    # Before anything is folded: the fold's rounding is no part of the original, and a run that is
-    # taken up again has the original weights here too.
-    true = None if streams.true is None else run_rows(layer, call, streams.true)
     groups = shared_inputs(layer, call, row)
     exponents: dict[str, float] = {}
     if settings.method in ("awq", "awq+gptq"):
@@ -72,12 +55,9 @@ def quantize_layer(
             if _asked(fold.linears, name, precisions) == "4-bit" and _fits(
                 layer, fold.linears, fmt
             ):
-                read = read_inputs(layer, call, streams.quantized, fold.linears[0])
-                choice = balance(layer, call, streams.quantized, fold, read.magnitude, fmt)
+                read = read_inputs(layer, call, hidden, fold.linears[0])
+                choice = balance(layer, call, hidden, fold, read.magnitude, fmt)
                 exponents[fold.before] = choice.exponent
-    original = None
-    if streams.true is not None:
-        original = (copy.deepcopy(layer), streams.true)
     done: dict[str, Quantized] = {}
     kept = {n: "it did not run on text" for n in linears(layer) if n not in chain(*groups)}
     for names in groups:
@@ -92,14 +72,7 @@ def quantize_layer(
             continue
         inputs = None
         if settings.needs_calibration:
-            inputs = read_inputs(
-                layer,
-                call,
-                streams.quantized,
-                names[0],
-                activations=settings.activations,
-                original=original,
-            )
+            inputs = read_inputs(layer, call, hidden, names[0], activations=settings.activations)
         weights = {n: linears(layer)[n].weight for n in names}
         for n, quantized in quantize_group(weights, inputs, fmt, settings, precision).items():
             done[n] = quantized
@@ -113,8 +86,8 @@ def quantize_layer(
     }
     result = LayerResult(name, done, changed, kept, exponents)
     if not settings.needs_calibration:
-        return result, streams  # nothing reads them
-    return result, Streams(run_rows(layer, call, streams.quantized), true)
+        return result, hidden  # nothing reads them
+    return result, run_rows(layer, call, hidden)
 
 
 @torch.inference_mode()

@@ -20,15 +20,12 @@ class LinearInputs:
 
     Attributes:
         hessian: `X^T X / n_tokens`, `[n_in, n_in]`, float32.
-        drift: `(X_true - X)^T X / n_tokens`, the same shape; None where it was not asked for, or
-            original and quantised layer do not read the same tokens (experts).
         magnitude: mean |x| of each input, `[n_in]`, float32.
         sample: at most 512 of the inputs, evenly spread, `[n, n_in]`.
         n_tokens: how many were summed up; 0 for an expert that no token chose.
     """
 
     hessian: torch.Tensor
-    drift: torch.Tensor | None
     magnitude: torch.Tensor
     sample: torch.Tensor
     n_tokens: int
@@ -42,7 +39,6 @@ def read_inputs(
     name: str,
     *,
     activations: str = "same",
-    original: tuple[nn.Module, torch.Tensor] | None = None,
 ) -> LinearInputs:
     """Run calibration rows up to a linear and sum up what it reads.
 
@@ -52,14 +48,12 @@ def read_inputs(
         hidden: what goes into it, `[n_rows, n_tokens, d_model]`.
         name: of the linear.
         activations: `fp8` rounds what is read, as the engine will.
-        original: the layer with its original weights, and what goes into it in the original model.
     """
     linear = layer.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     device = linear.weight.device
     n_in = linear.in_features
     hessian = torch.zeros(n_in, n_in, device=device)
-    drift = torch.zeros(n_in, n_in, device=device) if original is not None else None
     magnitude = torch.zeros(n_in, device=device)
     sample: list[torch.Tensor] = []
     seen: list[torch.Tensor] = []
@@ -76,18 +70,9 @@ def read_inputs(
         magnitude += wide.abs().sum(0)
         n_tokens += len(wide)
         sample.append(wide[:: max(1, len(wide) // per_row)][:per_row])
-        if original is not None and drift is not None:
-            before, states = original
-            twin = before.get_submodule(name)
-            true = _read(before, call, states[i : i + 1].to(device), twin, seen)
-            if true is None or true.shape != given.shape:
-                drift = None
-            else:
-                drift.addmm_((true.float() - wide).T, wide)
     count = max(1, n_tokens)
     return LinearInputs(
         hessian=hessian / count,
-        drift=None if drift is None else drift / count,
         magnitude=magnitude / count,
         sample=torch.cat(sample) if sample else torch.zeros(0, n_in, device=device),
         n_tokens=n_tokens,

@@ -12,7 +12,7 @@ from trimtab.kernels.formats import Format, Fp8Matrix, Grid, Packed
 from trimtab.kernels.formats.fp8 import quantize_matrix
 from trimtab.kernels.formats.recast import as_nvfp4
 from trimtab.kernels.matmul import Activations, PreparedWeight, prepare, reference
-from trimtab.kernels.quantize import clip, corrected_weight, descend, gptq, lorc
+from trimtab.kernels.quantize import clip, descend, gptq, lorc
 from trimtab.steering.model.quantized.fp8_weight import Fp8Weight
 from trimtab.steering.model.quantized.linear import QuantizedLinear
 from trimtab.training.quantization.linear_inputs import LinearInputs
@@ -84,7 +84,7 @@ def quantize_group(
         settings: method, rank of the correction, GPTQ's knobs.
         precision: `4-bit` or `fp8`.
     """
-    targets = {name: _target(weight, inputs, settings) for name, weight in weights.items()}
+    targets = {name: weight.float() for name, weight in weights.items()}
     made: dict[str, Packed | Fp8Matrix]
     if precision == "fp8":
         made = {name: quantize_matrix(target) for name, target in targets.items()}
@@ -101,20 +101,9 @@ def quantize_group(
             # Files know M2 only as the NVFP4 matrix that it also is.
             made[name] = as_nvfp4(packed, tensor_scale=shared) if fmt.has_row_scale else packed
     return {
-        name: _measured(
-            weights[name], targets[name], matrix, inputs, settings if precision == "4-bit" else None
-        )
+        name: _measured(weights[name], matrix, inputs, settings if precision == "4-bit" else None)
         for name, matrix in made.items()
     }
-
-
-def _target(
-    weight: torch.Tensor, inputs: LinearInputs | None, settings: QuantizeSettings
-) -> torch.Tensor:
-    """Return what rounding aims at: the weight, or what makes up for earlier layers' errors."""
-    if inputs is None or inputs.drift is None or not inputs.n_tokens or not settings.is_feedback:
-        return weight.float()
-    return corrected_weight(weight, inputs.hessian, inputs.drift)
 
 
 def _rounded(
@@ -172,21 +161,19 @@ def _served_levels(grid: Grid, fmt: Format) -> torch.Tensor | None:
 
 def _measured(
     weight: torch.Tensor,
-    target: torch.Tensor,
     matrix: Packed | Fp8Matrix,
     inputs: LinearInputs | None,
     settings: QuantizeSettings | None,
 ) -> Quantized:
     """Add the correction, and compare with the original weight."""
     factors = None
-    dense = matrix.dequantize()
+    wide, dense = weight.float(), matrix.dequantize()
     if settings is not None and settings.lorc:
         whitening = None if inputs is None or not inputs.n_tokens else inputs.hessian
         rank = min(settings.lorc, *weight.shape)
-        left, right = lorc(target.float() - dense, rank, whitening=whitening)
+        left, right = lorc(wide - dense, rank, whitening=whitening)
         factors = (left.to(torch.bfloat16), right.to(torch.bfloat16))
         dense = dense + factors[0].float() @ factors[1].float()
-    wide = weight.float()
     lost = wide - dense
     return Quantized(
         matrix=matrix,

@@ -35,8 +35,6 @@ class QuantizeSettings:
             fp8; None spends none.
         damping: GPTQ's, as a share of the Hessian's mean diagonal.
         n_sweeps: of coordinate descent behind GPTQ.
-        follows_drift: aim for what the original would have given on its own inputs, so that a layer
-            takes back what those before it lost.
     """
 
     scheme: str = "nvfp4"
@@ -47,7 +45,6 @@ class QuantizeSettings:
     mixed: float | None = None
     damping: float = 0.01
     n_sweeps: int = 4
-    follows_drift: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what does not go together.

@@ -10,11 +10,7 @@ import torch
 
 from trimtab.kernels.formats import Format
 from trimtab.steering.errors import DataError, ModelLoadError
-from trimtab.training.quantization.layer import (
-    Streams,
-    quantize_layer,
-    run_rows,
-)
+from trimtab.training.quantization.layer import quantize_layer, run_rows
 from trimtab.training.quantization.layer_result import LayerResult
 from trimtab.training.quantization.layer_runs import LayerRuns, layer_runs, linears
 from trimtab.training.quantization.progress_folder import ProgressFolder
@@ -86,19 +82,18 @@ def walk(
         progress: told of layers done and in all.
     """
     settings, runs = begun.settings, begun.runs
-    needs_true = settings.is_feedback and settings.follows_drift
     with torch.inference_mode():
-        streams = Streams(runs.hidden, runs.hidden if needs_true else None)
+        hidden = runs.hidden
         for i, (name, layer) in enumerate(zip(runs.names, runs.layers, strict=True)):
             call = runs.calls[i]
             if progress is not None:
                 progress("Quantising layers", i, len(runs.layers))
             if i < n_done:
                 result = folder.layer(i)
-                streams = _again(result, layer, call, streams, settings)
+                hidden = _again(result, layer, call, hidden, settings)
             else:
-                result, streams = quantize_layer(
-                    layer, name, call, streams, begun.fmt, settings, begun.precisions
+                result, hidden = quantize_layer(
+                    layer, name, call, hidden, begun.fmt, settings, begun.precisions
                 )
                 folder.keep_layer(i, result)
             yield result
@@ -107,11 +102,8 @@ def walk(
 
 
 def _again(
-    result: LayerResult, layer: Any, call: Any, streams: Streams, settings: QuantizeSettings
-) -> Streams:
+    result: LayerResult, layer: Any, call: Any, hidden: torch.Tensor, settings: QuantizeSettings
+) -> torch.Tensor:
     """Put a layer of an earlier run in place, and run the rows through it."""
-    true = None if streams.true is None else run_rows(layer, call, streams.true)
     result.put_into(layer, settings.activations)
-    if not settings.needs_calibration:
-        return streams
-    return Streams(run_rows(layer, call, streams.quantized), true)
+    return run_rows(layer, call, hidden) if settings.needs_calibration else hidden
