@@ -6,6 +6,7 @@ The reference is the same folder in the embedded engine's loader, float32 in bot
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +77,19 @@ def llm(folder: Path) -> Iterator[Any]:
     options = CASES[folder.name].options
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        made = LLM(
-            str(folder),
-            dtype="float32",
-            max_model_len=256,
-            max_num_seqs=8,
-            logprobs_mode="raw_logits",
-            **options,
-        )
+        with patch.context() as starting:
+            # vLLM 0.32 looks for its kernels in all that all modules hold, and ends on llvmlite's
+            # library, which is there once drafts have been tested in this process.
+            for name in [n for n in sys.modules if n.partition(".")[0] == "llvmlite"]:
+                starting.delitem(sys.modules, name)
+            made = LLM(
+                str(folder),
+                dtype="float32",
+                max_model_len=256,
+                max_num_seqs=8,
+                logprobs_mode="raw_logits",
+                **options,
+            )
         yield made
         made.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
