@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -194,7 +193,7 @@ def _write(
         if isinstance(module, nn.Linear) and name not in quantized_names
     ]
     size = sum(path.stat().st_size for path in writer.partial.glob("*.safetensors"))
-    report = QuantizationReport(**{**_fields(report), "bytes_after": size})
+    report = replace(report, bytes_after=size)
     writer.finish(
         source.path,
         QuantizationFacts(
@@ -234,15 +233,5 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fields(report: QuantizationReport) -> dict[str, Any]:
-    return {name: getattr(report, name) for name in report.__dataclass_fields__}
-
-
 def _weights_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
-def forget_progress(target: Path) -> None:
-    """Remove what an interrupted run towards a target has kept."""
-    for ending in (".progress", ".partial"):
-        shutil.rmtree(target.with_name(target.name + ending), ignore_errors=True)

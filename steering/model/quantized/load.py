@@ -170,14 +170,13 @@ def _prepared(
 def _simplest(layer: QuantizedLinear) -> nn.Module:
     """Return a plain linear layer where the quantised one computes nothing else."""
     prepared = layer.prepared
-    is_dense = isinstance(prepared, DenseWeight | Fp8Weight) and prepared.activations == "same"
+    is_dense = isinstance(prepared, DenseWeight) and prepared.activations == "same"
     if not is_dense or layer.lorc_a is not None:
         return layer
-    assert isinstance(prepared, DenseWeight | Fp8Weight)
-    weight = prepared.weight if isinstance(prepared, DenseWeight) else prepared.dense_weight
+    assert isinstance(prepared, DenseWeight)
     with torch.device("meta"):  # it would draw random weights first
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.weight = nn.Parameter(prepared.weight, requires_grad=False)
     plain.register_parameter("bias", layer.bias)
     return plain
 
@@ -196,7 +195,7 @@ def _read_generation_config(model: Any, folder: QuantizedFolder) -> None:
 
 def _way(prepared: PreparedWeight) -> str:
     """Return what became of a matrix, a phrase."""
-    is_dense = isinstance(prepared, DenseWeight | Fp8Weight)
+    is_dense = isinstance(prepared, DenseWeight)
     way = (
         f"dequantised to {str(prepared.dtype).removeprefix('torch.')}"
         if is_dense
