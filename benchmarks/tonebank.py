@@ -50,7 +50,8 @@ from trimtab.steering.plan import Guide, LayerTerm, Plan, Reader, additive_plan,
 from trimtab.steering.steered_request import SteeredRequest
 from trimtab.steering.step import Span, SteerStep
 from trimtab.training.coherence import MAX_SHARE, Coherence, Signs
-from trimtab.training.scoring import Generation, answer_of, end_tokens, repetition
+from trimtab.training.repetition import repetition
+from trimtab.training.scoring import Generation, answer_of, end_tokens
 from trimtab.training.steered_model import SteeredModel
 
 LAYERS = (9, 12, 15, 18, 21, 24, 27)

@@ -24,7 +24,7 @@ import torch
 
 from trimtab.steering.plan import Plan, additive_plan
 from trimtab.training.scoring import Answer, answer_logprobs, answer_of, generate, perplexity
-from trimtab.training.scoring import repetition as repetition_of
+from trimtab.training.repetition import repetition as repetition_of
 from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.neutral import neutral_questions, neutral_text
 

@@ -23,13 +23,13 @@ import torch
 
 from trimtab.steering.errors import DataError
 from trimtab.steering.plan import Plan
+from trimtab.training.repetition import repetition
 from trimtab.training.scoring import (
     Answer,
     Generation,
     answer_logprobs,
     end_tokens,
     generate,
-    repetition,
 )
 from trimtab.training.steered_model import SteeredModel
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -209,11 +208,3 @@ def _continue(
         Generation(tuple(row), sum(e) / max(1, len(e)))
         for row, e in zip(new, entropies, strict=True)
     ]
-
-
-def repetition(ids: Sequence[int], *, n: int = 3) -> float:
-    """Return the share of a text's n-grams that occurred before in it, 0 to 1."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    if not grams:
-        return 0.0
-    return 1.0 - len(Counter(grams)) / len(grams)

@@ -21,6 +21,7 @@ from trimtab.ui.help_page import HelpfulGroup
 COMMANDS = {
     "demo": "trimtab.ui.commands.demo:demo",
     "serve": "trimtab.ui.commands.serve:serve",
+    "ui": "trimtab.ui.commands.page:ui",
     "chat": "trimtab.ui.commands.chat:chat",
     "attribute": "trimtab.ui.commands.attribute:attribute",
     "vectors": "trimtab.ui.commands.vectors:vectors",

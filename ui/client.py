@@ -44,19 +44,12 @@ class Client:
     """
 
     def __init__(self, url: str, *, key: str | None = None, timeout_s: float = 600.0) -> None:
-        root = url.rstrip("/").removesuffix("/v1")
-        self.url = root if "://" in root else f"http://{root}"
-        if not self.url.startswith(("http://", "https://")):
-            raise ServerError(
-                f"{url!r} is no address of a server. Give one such as http://127.0.0.1:8000."
-            )
+        self.url = server_root(url)
         self._timeout_s = timeout_s
         self._headers = {"content-type": "application/json"}
         if key:
             self._headers["authorization"] = f"Bearer {key}"
-        # A proxy is for the world outside; a server on this machine is reached directly.
-        is_local = any(name in self.url for name in ("//127.", "//localhost", "//[::1]"))
-        handlers = [urllib.request.ProxyHandler({})] if is_local else []
+        handlers = [urllib.request.ProxyHandler({})] if is_local(self.url) else []
         self._opener = urllib.request.build_opener(*handlers)
 
     def get(self, path: str) -> Any:
@@ -141,6 +134,26 @@ class Client:
             ) from None
 
 
+def server_root(url: str) -> str:
+    """Return a server's root from an address with or without scheme and `/v1`.
+
+    Raises:
+        ServerError: it is no address of an HTTP server.
+    """
+    root = url.rstrip("/").removesuffix("/v1")
+    root = root if "://" in root else f"http://{root}"
+    if not root.startswith(("http://", "https://")):
+        raise ServerError(
+            f"{url!r} is no address of a server. Give one such as http://127.0.0.1:8000."
+        )
+    return root
+
+
+def is_local(root: str) -> bool:
+    """Return whether a server is on this machine: a proxy, for the world outside, is not for it."""
+    return root.partition("://")[2].startswith(("127.", "localhost", "[::1]"))
+
+
 def _piece(event: dict[str, Any]) -> Piece:
     if "error" in event:
         raise ServerError(str(event["error"]["message"]))
@@ -153,13 +166,24 @@ def _piece(event: dict[str, Any]) -> Piece:
 
 
 def _refused(error: urllib.error.HTTPError, *, url: str) -> ServerError:
-    try:
-        message = str(json.loads(error.read())["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        message = f"{url} answered {error.code} {error.reason}; is it a trimtab server?"
+    message = refusal(error.read(), status=error.code, url=url)
     if error.code == 401:
         message += " Give it with --api-key or TRIMTAB_API_KEY."
     return ServerError(message)
+
+
+def refusal(body: bytes, *, status: int, url: str) -> str:
+    """Return the sentence of a refused request: the server's own, or what it may be instead.
+
+    Args:
+        body: of the answer.
+        status: its HTTP status.
+        url: the server's root.
+    """
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{url} answered with status {status}; is it a trimtab server?"
 
 
 def _json(data: bytes, *, url: str) -> Any:

@@ -13,13 +13,13 @@ from toys import TOYS, VOCAB
 from trimtab.steering.errors import DataError
 from trimtab.steering.model.profile import profile_model
 from trimtab.steering.plan import Plan, additive_plan
+from trimtab.training.repetition import repetition
 from trimtab.training.scoring import (
     Answer,
     answer_logprobs,
     answer_of,
     generate,
     perplexity,
-    repetition,
 )
 from trimtab.training.steered_model import SteeredModel, batches
 from trimtab.training.vectors.activations import hidden_states

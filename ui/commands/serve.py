@@ -21,7 +21,10 @@ from trimtab.ui.terminal import say, styled
 from trimtab.ui.vllm_flags import FLAGS, ServeCommand
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from trimtab.serving.engines.base import Engine
+    from trimtab.ui.page.mount import Page
 
 # Settings whose options need more than a field says: keys from the environment, no limit at all.
 _BY_HAND = ("served_model_name", "api_keys", "admin_keys", "max_dose")
@@ -103,6 +106,13 @@ _BY_HAND = ("served_model_name", "api_keys", "admin_keys", "max_dose")
     help="Bearer key that may also change vectors, classifiers and presets; repeatable. Also "
     "TRIMTAB_ADMIN_KEYS.",
 )
+@click.option(
+    "--page/--no-page",
+    "has_page",
+    default=True,
+    show_default=True,
+    help="Show the web page under /ui; needs trimtab[ui].",
+)
 @click.option("--served-name", help="Name of the model on the wire.  [default: the model's own]")
 @setting_options(ServerSettings, but=_BY_HAND)
 @click.option(
@@ -124,7 +134,7 @@ def serve(model: str, **options: Any) -> None:
     listening = listening_socket(options["host"], options["port"])
     say(f"Loading {model} ...")
     with listening:
-        _serve(model, engine, listening, settings=settings)
+        _serve(model, engine, listening, settings=settings, has_page=options["has_page"])
 
 
 def _settings(options: dict[str, Any]) -> ServerSettings:
@@ -170,7 +180,12 @@ def _is_loopback(host: str) -> bool:
 
 
 def _serve(
-    model: str, engine: Engine, listening: socket.socket, *, settings: ServerSettings
+    model: str,
+    engine: Engine,
+    listening: socket.socket,
+    *,
+    settings: ServerSettings,
+    has_page: bool,
 ) -> None:
     import uvicorn
 
@@ -197,20 +212,23 @@ def _serve(
                     child.terminate()
                 os._exit(130 if self.is_loaded else 0)
             say("Stopping; Ctrl-C again does not wait for running requests.")
+            if page is not None:
+                page.hang_up()
             self.should_exit = True
 
     def ready() -> None:
         server.is_loaded = True
-        _say_ready(engine, store, settings=settings, listening=listening)
+        _say_ready(engine, store, settings=settings, listening=listening, page=page)
 
     def failed(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
     app = create_app(engine, store, settings=settings, on_ready=ready, on_failed=failed)
+    page = _page(app, listening) if has_page else None
     server = Server(
         uvicorn.Config(
-            app,
+            page or app,
             log_config=None,
             access_log=False,
             lifespan="on",
@@ -224,8 +242,25 @@ def _serve(
     say("Stopped.")
 
 
+def _page(app: FastAPI, listening: socket.socket) -> Page | None:
+    """Return the app with the page around it, or None with a line that says why not."""
+    from trimtab.ui.page.mount import NoPageError, Page, check_installed
+
+    try:
+        check_installed()
+    except NoPageError as error:
+        _fact("no page", error.message)
+        return None
+    return Page(app, url=_url(listening))
+
+
 def _say_ready(
-    engine: Any, store: Any, *, settings: ServerSettings, listening: socket.socket
+    engine: Any,
+    store: Any,
+    *,
+    settings: ServerSettings,
+    listening: socket.socket,
+    page: Page | None,
 ) -> None:
     for name, sentence in engine.info.choices.items():
         _fact(name, sentence)
@@ -241,8 +276,10 @@ def _say_ready(
     if settings.log_generations is not None:
         _fact("log", f"prompts and answers, to {settings.log_generations}")
     url = _url(listening)
+    shown = "" if page is None else f"   page {url}/ui"
     say(
-        styled(f"Ready: {url}/v1", "bold", stream=sys.stderr) + f"   docs {url}/docs   Ctrl-C stops"
+        styled(f"Ready: {url}/v1", "bold", stream=sys.stderr)
+        + f"{shown}   docs {url}/docs   Ctrl-C stops"
     )
     say(_curl(url, settings.served_model_name or engine.info.model.id, vectors, settings))
 

@@ -1,0 +1,1 @@
+"""The web page: steer and compare, see why, build, and look after what is stored."""

@@ -1,0 +1,98 @@
+"""The page: its tabs, its look, and the app that serves it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+# Before Gradio is imported: it would otherwise ask its makers for a newer version.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+from fastapi import FastAPI
+
+from trimtab.ui.page.api import Api
+from trimtab.ui.page.chat_tab import ChatTab
+from trimtab.ui.page.mount import PATH
+from trimtab.ui.page.visitor import Visitors
+from trimtab.ui.page.welcome import Welcome
+
+MAX_UPLOAD_BYTES = 4 * 2**20
+_STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+# Fonts that are there: none is fetched.
+_FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+_MONO = ["ui-monospace", "SFMono-Regular", "Consolas", "monospace"]
+# No file of ours, no request: the icon is in the link itself.
+_HEAD = (
+    '<link rel="icon" href="data:image/svg+xml,<svg xmlns=\'http://www.w3.org/2000/svg\' '
+    "viewBox='0 0 16 16'><path d='M2 12L14 3v9z' fill='%230b63ce'/></svg>\">"
+)
+
+
+def page(visitors: Visitors) -> gr.Blocks:
+    """Return the page for one server.
+
+    Args:
+        visitors: who is on it; they hold the way to the server.
+    """
+    with gr.Blocks(title="trimtab", analytics_enabled=False, fill_width=True) as blocks:
+        welcome = Welcome(visitors)
+        with gr.Tabs(elem_id="tabs"), gr.Tab("Chat", id="chat"):
+            chat = ChatTab(visitors)
+        gr.on(
+            [blocks.load, welcome.entered],
+            welcome.greet,
+            welcome.key,
+            welcome.greeted,
+            show_progress="hidden",
+            concurrency_limit=None,
+            api_visibility="private",
+        ).then(
+            chat.open,
+            None,
+            chat.opened,
+            show_progress="hidden",
+            concurrency_limit=None,
+            api_visibility="private",
+        )
+    blocks.unload(visitors.leave)
+    return blocks
+
+
+def page_app(api: Api) -> FastAPI:
+    """Return the app that serves the page under `PATH`, and closes its connections when it ends.
+
+    Args:
+        api: the server that the page talks to.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    gr.mount_gradio_app(
+        app,
+        page(Visitors(api)),
+        path=PATH,
+        theme=gr.themes.Base(font=_FONT, font_mono=_MONO, primary_hue="blue", neutral_hue="slate"),
+        css=_STYLE,
+        head=_HEAD,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        show_error=False,
+        max_file_size=MAX_UPLOAD_BYTES,
+        # Gradio's own schema would list every button as an API.
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
+    )
+    lifespan = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def closing(within: FastAPI) -> AsyncIterator[Any]:
+        async with lifespan(within) as state:
+            try:
+                yield state
+            finally:
+                await api.close()
+
+    app.router.lifespan_context = closing
+    return app

@@ -1,0 +1,343 @@
+"""The Chat tab: one prompt, the unsteered answer beside the steered one, and what steers it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+
+from trimtab.steering.errors import TrimtabError
+from trimtab.ui.page.api import Api
+from trimtab.ui.page.catalogue import catalogue
+from trimtab.ui.page.chat_run import body, run
+from trimtab.ui.page.chat_view import PLAIN, SURPRISE, conversation_html, legend_html
+from trimtab.ui.page.conversation import SIDES, Turn
+from trimtab.ui.page.gauges import gauges_html
+from trimtab.ui.page.notice import done, note, problem
+from trimtab.ui.page.run_settings import RunSettings, from_link, read_settings, to_link
+from trimtab.ui.page.share import share_html
+from trimtab.ui.page.snippets import as_curl, as_json, as_python, request_body
+from trimtab.ui.page.visitor import Visitor, Visitors
+
+_PANEL_SCRIPT = (Path(__file__).parent / "steering_panel.js").read_text(encoding="utf-8")
+_PROMPT = "How will my first day at my new job go?"
+_MAX_TURNS = 40
+
+
+class ChatTab:
+    """The tab's components and what happens when they are used.
+
+    Other tabs may show a vector or classifier here: `panel` takes settings, `refresh` its new
+    catalogue.
+
+    Args:
+        visitors: who is on the page.
+    """
+
+    def __init__(self, visitors: Visitors) -> None:
+        self.visitors = visitors
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                self.panel = gr.HTML(
+                    {},
+                    html_template='<div class="tt-panel"></div>',
+                    js_on_load=_PANEL_SCRIPT,
+                    catalogue=None,
+                    elem_id="steering-panel",
+                )
+                with gr.Accordion("Sampling", open=False):
+                    self.max_tokens = gr.Number(128, label="Longest answer, tokens", precision=0)
+                    self.temperature = gr.Number(0.0, label="Temperature", step=0.1)
+                    self.seed = gr.Number(None, label="Seed (empty: drawn)", precision=0)
+            with gr.Column(scale=3, min_width=320):
+                self.notice = gr.HTML("", elem_id="chat-notice")
+                self.stage = gr.HTML("", elem_id="stage")
+                self.gauges = gr.HTML("", elem_id="gauges")
+                with gr.Row(equal_height=True):
+                    self.prompt = gr.Textbox(
+                        _PROMPT,
+                        label="Your prompt",
+                        lines=2,
+                        max_lines=8,
+                        scale=4,
+                        elem_id="prompt",
+                        max_length=8000,
+                    )
+                    with gr.Column(scale=1, min_width=120):
+                        self.send = gr.Button("Send", variant="primary", elem_id="send")
+                        with gr.Row():
+                            self.stop = gr.Button("Stop", size="sm", elem_id="stop", min_width=60)
+                            self.fresh = gr.Button(
+                                "New chat", size="sm", elem_id="new-chat", min_width=60
+                            )
+                self.colour = gr.Dropdown(
+                    [PLAIN, SURPRISE],
+                    value=PLAIN,
+                    label="Colour the tokens by",
+                    elem_id="colour",
+                    allow_custom_value=True,
+                )
+                self.legend = gr.HTML("")
+                with gr.Accordion("These settings: share, save, copy", open=False):
+                    self.share = gr.HTML("", elem_id="share")
+                    with gr.Row(equal_height=True):
+                        self.preset_name = gr.Textbox(
+                            label="Save as preset", placeholder="a name", elem_id="preset-name"
+                        )
+                        self.save = gr.Button("Save", elem_id="save-preset", min_width=80)
+                    self.snippets = [
+                        gr.Textbox(
+                            "",
+                            label=name,
+                            lines=4,
+                            max_lines=16,
+                            interactive=False,
+                            buttons=["copy"],
+                            elem_id=f"as-{name.lower()}",
+                        )
+                        for name in ("JSON", "curl", "Python")
+                    ]
+        self._wire()
+
+    @property
+    def _choices(self) -> list[Any]:
+        return [self.panel, self.max_tokens, self.temperature, self.seed]
+
+    def _wire(self) -> None:
+        shown = [self.stage, self.gauges, self.notice, self.share, *self.snippets]
+        # Nothing waits for a run before it: a new one stops the old.
+        live: dict[str, Any] = {
+            "concurrency_limit": None,
+            "trigger_mode": "multiple",
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
+        gr.on(
+            [self.send.click, self.prompt.submit],
+            self._sent,
+            [self.prompt, self.colour, *self._choices],
+            shown,
+            **live,
+        )
+        gr.on(
+            [self.panel.submit, self.max_tokens.blur, self.temperature.blur, self.seed.blur],
+            self._steered_anew,
+            [self.prompt, self.colour, *self._choices],
+            shown,
+            **live,
+        )
+        self.stop.click(self._stopped, None, None, **live)
+        self.fresh.click(self._begun_anew, None, [self.stage, self.gauges, self.notice], **live)
+        self.colour.change(self._coloured, self.colour, [self.stage, self.legend], **live)
+        self.save.click(
+            self._saved, [self.preset_name, *self._choices], [self.notice, self.panel], **live
+        )
+
+    @property
+    def opened(self) -> list[Any]:
+        """What `open` sets."""
+        return [
+            self.panel,
+            self.colour,
+            self.prompt,
+            self.max_tokens,
+            self.temperature,
+            self.seed,
+            self.stage,
+            self.notice,
+        ]
+
+    async def open(self, request: gr.Request) -> list[Any]:
+        """Return the values of `opened` for somebody who comes, from the link they followed."""
+        visitor = self.visitors.of(request)
+        notice, settings = "", RunSettings(prompt=_PROMPT)
+        try:
+            link = request.query_params.get("run")
+            if link:
+                settings = from_link(link)
+        except TrimtabError as error:
+            notice = problem(error)
+        try:
+            offered = await catalogue(visitor.api)
+        except TrimtabError as error:
+            notice, offered = problem(error), None
+        if offered is not None and not link_steers(settings) and offered["vectors"]:
+            first = offered["vectors"][0]["id"]
+            settings = settings.model_copy(
+                update={
+                    "vectors": read_settings({"vectors": [{"id": first, "scale": 1.0}]}).vectors
+                }
+            )
+        return [
+            gr.HTML(value=panel_value(settings), catalogue=offered),
+            gr.Dropdown(choices=[PLAIN, SURPRISE, *((offered or {}).get("readers", []))]),
+            settings.prompt,
+            settings.max_tokens,
+            settings.temperature,
+            settings.seed,
+            conversation_html(visitor.chat),
+            notice,
+        ]
+
+    async def refresh(self, request: gr.Request) -> Any:
+        """Return the panel with what the server offers now."""
+        return gr.HTML(catalogue=await catalogue(self.visitors.of(request).api))
+
+    async def _sent(
+        self, request: gr.Request, prompt: str, colour: str, *choices: Any
+    ) -> AsyncIterator[list[Any]]:
+        visitor = self.visitors.of(request)
+        if not prompt.strip():
+            yield self._only_notice(note("Type a prompt first."))
+            return
+        visitor.chat.stop()
+        if len(visitor.chat.turns) >= _MAX_TURNS:
+            yield self._only_notice(note("This chat is long; start a new one."))
+            return
+        async for shown in self._run(visitor, prompt, colour, choices, sides=SIDES):
+            yield shown
+
+    async def _steered_anew(
+        self, request: gr.Request, prompt: str, colour: str, *choices: Any
+    ) -> AsyncIterator[list[Any]]:
+        """Answer the last prompt again under what is chosen now; the unsteered side stays."""
+        visitor = self.visitors.of(request)
+        last = visitor.chat.turns[-1] if visitor.chat.turns else None
+        async for shown in self._run(
+            visitor, prompt if last is None else last.settings.prompt, colour, choices, again=last
+        ):
+            yield shown
+
+    async def _run(
+        self,
+        visitor: Visitor,
+        prompt: str,
+        colour: str,
+        choices: tuple[Any, ...],
+        *,
+        sides: tuple[str, ...] = (),
+        again: Turn | None = None,
+    ) -> AsyncIterator[list[Any]]:
+        try:
+            settings = settings_of(prompt, *choices)
+            model = await visitor.model()
+            receipt = await check(visitor.api, settings, model)
+        except TrimtabError as error:
+            yield self._only_notice(problem(error))
+            return
+        chat = visitor.chat
+        turn = Turn(settings, dose=receipt.get("dose", {}))
+        if again is not None:
+            chat.stop()
+            same = again.settings.sampling() == settings.sampling() and again.baseline.finish in (
+                "stop",
+                "length",
+            )
+            if same and again.settings.probes == settings.probes:
+                turn.baseline, sides = again.baseline, ("steered",)
+            else:
+                sides = SIDES
+            chat.turns[-1] = turn
+        elif sides:
+            chat.turns.append(turn)
+        asked = request_body(body(turn, "steered", model, chat.messages("steered", until=turn)))
+        fixed = [
+            share_html(to_link(settings)),
+            as_json(asked),
+            as_curl(asked, url=visitor.api.url, has_key=visitor.api.key is not None),
+            as_python(asked, url=visitor.api.url, has_key=visitor.api.key is not None),
+        ]
+        if not sides:
+            yield [conversation_html(chat, colour=colour), gauges_html(turn), "", *fixed]
+            return
+        async for _ in run(visitor.api, chat, turn, model=model, sides=sides):
+            yield [conversation_html(chat, colour=colour), gauges_html(turn), "", *fixed]
+            fixed = [gr.skip()] * len(fixed)
+
+    def _only_notice(self, html: str) -> list[Any]:
+        return [gr.skip(), gr.skip(), html, *[gr.skip()] * (1 + len(self.snippets))]
+
+    async def _stopped(self, request: gr.Request) -> None:
+        self.visitors.of(request).chat.stop()
+
+    async def _begun_anew(self, request: gr.Request) -> list[Any]:
+        chat = self.visitors.of(request).chat
+        chat.stop()
+        chat.turns.clear()
+        return [conversation_html(chat), gauges_html(None), ""]
+
+    async def _coloured(self, request: gr.Request, colour: str) -> list[Any]:
+        visitor = self.visitors.of(request)
+        labels: dict[str, list[str]] = {}
+        for turn in visitor.chat.turns:
+            for side in SIDES:
+                for piece in turn.side(side).pieces[:1]:
+                    labels |= {name: list(read) for name, read in piece.readings.items()}
+        names = {name: found for name, found in labels.items() if len(found) > 1}
+        return [conversation_html(visitor.chat, colour=colour), legend_html(colour, names)]
+
+    async def _saved(self, request: gr.Request, name: str, *choices: Any) -> list[Any]:
+        visitor = self.visitors.of(request)
+        try:
+            settings = settings_of("", *choices)
+            if settings.steering is None:
+                return [note("Choose something to steer with first."), gr.skip()]
+            await visitor.api.put(f"/v1/steering/presets/{_path(name)}", settings.steering)
+            served = await visitor.model()
+            said = f"Saved. Ask for it as the model {served}:{name.strip()}."
+            return [done(said), await self.refresh(request)]
+        except TrimtabError as error:
+            return [problem(error), gr.skip()]
+
+
+def settings_of(
+    prompt: str, panel: Any, max_tokens: Any, temperature: Any, seed: Any
+) -> RunSettings:
+    """Return the settings from the components' values.
+
+    Raises:
+        LinkError: a value is out of its range.
+    """
+    return read_settings(
+        {
+            **(panel or {}),
+            "prompt": prompt,
+            "max_tokens": int(max_tokens if max_tokens is not None else 128),
+            "temperature": float(temperature or 0.0),
+            "seed": None if seed is None else int(seed),
+        }
+    )
+
+
+def panel_value(settings: RunSettings) -> dict[str, Any]:
+    """Return the part of the settings that the panel holds."""
+    return settings.model_dump(
+        include={"preset", "vectors", "ablate", "guidance", "when", "probes"}, exclude_none=True
+    )
+
+
+def link_steers(settings: RunSettings) -> bool:
+    """Return whether the settings of a link choose anything."""
+    return settings.is_steered or bool(settings.probes)
+
+
+async def check(api: Api, settings: RunSettings, model: str) -> dict[str, Any]:
+    """Return the server's report on the steering, before anything is generated.
+
+    Raises:
+        ServerError: it refuses the steering, in its own words.
+    """
+    if not settings.is_steered:
+        return {}
+    fields: dict[str, Any] = {"model": settings.model_name(model)}
+    if settings.steering is not None:
+        fields["steering"] = settings.steering
+    found: dict[str, Any] = await api.post("/v1/steering/check", fields)
+    return found
+
+
+def _path(name: str) -> str:
+    return quote(name.strip(), safe="")

@@ -1,0 +1,76 @@
+"""Who is on the page: each browser tab's own key, chat and run, held apart from all others."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import gradio as gr
+
+from trimtab.ui.page.api import Api
+from trimtab.ui.page.conversation import Conversation
+
+MAX_VISITORS = 1000
+
+
+@dataclass
+class Visitor:
+    """One open tab of a browser.
+
+    Attributes:
+        api: the server, under the visitor's own key.
+        chat: what was said to the model and answered, on both sides.
+        builds: ids of the builds started here.
+    """
+
+    api: Api
+    chat: Conversation = field(default_factory=Conversation)
+    builds: list[str] = field(default_factory=list)
+    _model: str | None = None
+
+    async def model(self) -> str:
+        """Return the served model's name.
+
+        Raises:
+            ServerError: the server cannot be asked.
+        """
+        if self._model is None:
+            self._model = str((await self.api.get("/v1/models"))["data"][0]["id"])
+        return self._model
+
+    def use_key(self, key: str) -> None:
+        """Talk to the server under another key."""
+        self.api = self.api.with_key(key or None)
+        self._model = None
+
+
+class Visitors:
+    """All open tabs. The longest unseen is forgotten when there are too many.
+
+    Args:
+        api: the server; a visitor's own key takes the place of its key.
+    """
+
+    def __init__(self, api: Api) -> None:
+        self.api = api
+        self._known: OrderedDict[str, Visitor] = OrderedDict()
+
+    def of(self, request: gr.Request) -> Visitor:
+        """Return the visitor that a Gradio request comes from.
+
+        Args:
+            request: Gradio's, whose session hash is drawn at random by the browser's tab.
+        """
+        name = request.session_hash or ""
+        visitor = self._known.pop(name, None) or Visitor(self.api)
+        self._known[name] = visitor
+        while len(self._known) > MAX_VISITORS:
+            _, oldest = self._known.popitem(last=False)
+            oldest.chat.stop()
+        return visitor
+
+    def leave(self, request: gr.Request) -> None:
+        """Forget a visitor whose tab was closed, and end what runs for it."""
+        visitor = self._known.pop(request.session_hash or "", None)
+        if visitor is not None:
+            visitor.chat.stop()
