@@ -9,8 +9,8 @@ from trimtab.ui.page.heat_map import damage_share, damage_text
 from trimtab.ui.page.heat_table import Cell, heat_table
 from trimtab.ui.page.notice import note
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 316, 14, 150  # the plot in the picture's units
-_WIDTH, _HEIGHT = 360, 190
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 318, 14, 150  # the plot in the picture's units
+_WIDTH, _HEIGHT = 368, 190
 
 
 def curve_html(calibration: dict[str, Any]) -> str:
@@ -38,7 +38,7 @@ def _table(record: Record) -> str:
     most = max(map(abs, effects)) or 1.0
     rows = [
         (
-            f"{point.scale:+g}",
+            _signed(point.scale),
             [
                 Cell(f"{abs(point.scale) * record.knee.dose:.3f}"),
                 Cell(f"{effect:+.2f}", effect / most, is_marked=point.scale == 1.0),
@@ -86,7 +86,7 @@ def _picture(record: Record) -> str:
         for (px, py), p in zip(damage_at, record.points, strict=True)
     )
     named = {low, 0.0, 1.0, 2.0, high}
-    ticks = "".join(_label(x(s), _BOTTOM + 16, f"{s:+g}") for s in scales if s in named)
+    ticks = "".join(_label(x(s), _BOTTOM + 16, _signed(s)) for s in scales if s in named)
     over = "≥" if any(point.rise > most_rise for point in record.points) else ""
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
@@ -110,6 +110,10 @@ def _at_knee(x: float) -> str:
 
 def _label(x: float, y: float, text: str, anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
+
+
+def _signed(scale: float) -> str:
+    return f"{scale:+g}" if scale else "0"
 
 
 def _line(places: list[tuple[float, float]], name: str) -> str:

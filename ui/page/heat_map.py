@@ -44,7 +44,7 @@ def damage_share(rise: float, *, accepted: float) -> float:
 
 def _map(record: Record, found: LayerMap) -> str:
     most = max((abs(x) for row in found.effect for x in row if x is not None), default=0.0) or 1.0
-    columns = [f"scale {scale:+g}" for scale in found.scales]
+    columns = [f"{scale:+g}" for scale in found.scales]
     effect, damage = [], []
     for layers, effects, rises in zip(found.layers, found.effect, found.rise, strict=True):
         cells: list[tuple[Cell, Cell]] = []
@@ -61,12 +61,12 @@ def _map(record: Record, found: LayerMap) -> str:
         damage.append((_layers(layers), [cell for _, cell in cells]))
     return heat_table(
         f"Effect, nats a token: how far preferred answers gain. {_TOWARD} Orange: away. {_KEY}",
-        "layers",
+        "layers / scale",
         columns,
         effect,
     ) + heat_table(
         f"Damage: rise of perplexity on neutral text. The more orange, the worse. {_KEY}",
-        "layers",
+        "layers / scale",
         columns,
         damage,
     )

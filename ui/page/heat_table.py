@@ -45,11 +45,13 @@ def heat_table(
         f'<tr><th scope="row">{_text(name)}</th>{"".join(map(_cell, cells))}</tr>'
         for name, cells in rows
     )
-    # A box that scrolls has to be reached by keyboard, and then it needs a name.
+    # A box that scrolls has to be reached by keyboard, and then it needs a name. The caption is
+    # outside of it, so that it never scrolls out of sight.
     return (
-        f'<div class="tt-heat-box" tabindex="0" role="region" aria-label="{_text(caption)}">'
-        f'<table class="tt-heat"><caption>{_text(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div><p class="tt-hint" aria-hidden="true">{_text(caption)}</p>'
+        f'<div class="tt-heat-box" tabindex="0" role="region" aria-label="{_text(corner)}">'
+        f'<table class="tt-heat" aria-label="{_text(caption)}">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>"
     )
 
 
