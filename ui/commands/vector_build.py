@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     examples=(
         "trimtab vectors build --concept optimistic",
         "trimtab vectors build --pairs my_pairs.jsonl --id mine --method pca",
+        "trimtab vectors build --concept warm --map",
         'trimtab vectors build --describe "warm and kind" --against "cold and distant" --id warm',
     ),
 )
@@ -61,6 +62,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Measure effect and damage to choose layers and the unit of scale.",
 )
+@click.option(
+    "--map/--no-map",
+    "is_mapped",
+    default=False,
+    show_default=True,
+    help="Measure other layers and scales as well, for `show`; more than doubles the time.",
+)
 @click.option("--description", default="", metavar="TEXT", help="A sentence for people.")
 @click.option("--overwrite", is_flag=True, help="Replace a vector of the same id.")
 @model_option
@@ -75,6 +83,7 @@ def build(
     options: dict[str, str],
     position: str,
     calibrate: bool,
+    is_mapped: bool,
     description: str,
     overwrite: bool,
     model: str,
@@ -90,6 +99,10 @@ def build(
         raise click.UsageError("Give one of --concept, --pairs, or --describe with --against.")
     if (describe is None) != (against is None):
         raise click.UsageError("--describe and --against go together.")
+    if is_mapped and not calibrate:
+        raise click.UsageError(
+            "--map shows multiples of the calibrated dose: leave out --no-calibrate."
+        )
     name = vector_id or concept_name or (pairs_file.stem if pairs_file else None)
     if name is None:
         raise click.UsageError("A vector built from a description needs a name: give --id.")
@@ -136,6 +149,7 @@ def build(
             options=options,
             position=where,
             is_calibrated=calibrate,
+            is_mapped=is_mapped,
             description=description,
             progress=lambda name, done, total: stage(name.capitalize(), done, total),
         )
