@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -189,25 +189,13 @@ def _pairs(concept_name: str | None, file: Path | None) -> PairSet | None:
 @json_option
 def concepts(as_json: bool) -> None:
     """List the bundled data sets that vectors can be built from."""
-    from trimtab.training.vectors import pairs
+    from trimtab.training.bundled_sets import vector_concepts
 
-    found: list[dict[str, Any]] = []
-    for name in pairs.concepts():
-        data = pairs.concept(name)
-        example = data.build[0]
-        found.append(
-            {
-                "id": name,
-                "build": len(data.build),
-                "held": len(data.held),
-                "preferred": example.preferred,
-                "dispreferred": example.dispreferred,
-            }
-        )
+    found = vector_concepts()
     if as_json:
         out_json(found)
         return
-    rows = [(c["id"], c["build"], c["held"], _start(c["preferred"])) for c in found]
+    rows = [(c["id"], c["n_build"], c["n_held"], _start(c["example"]["preferred"])) for c in found]
     out(table(("concept", "build", "held", "a preferred text"), rows))
     next_steps(f"trimtab vectors build --concept {found[0]['id']}")
 
