@@ -144,7 +144,9 @@ def calibrate(
         for i, scale in enumerate(SCALES):
             curve.append(bench.point(layers, dose, scale))
             if progress is not None:
-                progress("measuring the curve", i + 1, len(SCALES))
+                # A dose that is tried again is more to do, not the same once more.
+                done = attempt * len(SCALES) + i + 1
+                progress("measuring the curve", done, (attempt + 1) * len(SCALES))
         problem = bench.problem(curve)
         if problem is None or attempt == 4:
             break

@@ -75,6 +75,10 @@ def build_vector(
         if progress is not None:
             progress("attributing prompts", done, total)
 
+    def finding(done: int, total: int) -> None:
+        if progress is not None:
+            progress("finding directions", done, total)
+
     answers = [tokens for pair in fit + calibration for tokens in _answers(host, pair)]
     if isinstance(fitter, ModelMethod):  # first, for it may refuse the pairs
         directions = fitter.find(host, fit, progress=asking)
@@ -82,7 +86,7 @@ def build_vector(
     states = states.view(-1, 2, *states.shape[1:])
     n = len(fit)
     if not isinstance(fitter, ModelMethod):
-        directions = fitter.fit(states[:n, 0], states[:n, 1])
+        directions = fitter.fit(states[:n, 0], states[:n, 1], progress=finding)
     if not torch.isfinite(directions).all() or bool((directions.norm(dim=1) == 0).any()):
         raise DataError(
             f"{pairs.name}: {method} finds no direction; the two sides look the same to the model."
