@@ -57,7 +57,7 @@ def hidden_states(
     """
     n_layers = len(host.profile.layers)
     result = torch.zeros(len(answers), n_layers, host.profile.ref.hidden_size)
-    tokens = [_tokens(answer, position) for answer in answers]
+    tokens = [tokens_at(answer, position) for answer in answers]
 
     def mean(i: int, states: States) -> torch.Tensor:
         read = [states[layer][tokens[i]].float().mean(0).cpu() for layer in range(n_layers)]
@@ -112,7 +112,12 @@ def _read(
     return host.run(work)
 
 
-def _tokens(answer: Answer, position: Position) -> slice:
+def tokens_at(answer: Answer, position: Position) -> slice:
+    """Return which tokens of an answer are read.
+
+    Raises:
+        DataError: the answer is too short for the index.
+    """
     first, end = answer.n_prompt, len(answer.ids) - answer.n_end
     if position == "mean":
         return slice(first, end)
