@@ -28,10 +28,12 @@ from trimtab.serving.routes import (
     chat,
     classifiers,
     completions,
+    concepts,
     methods,
     models,
     presets,
     service,
+    similarities,
     vectors,
 )
 from trimtab.serving.settings import ServerSettings
@@ -116,9 +118,9 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.server = server
-    for route in (chat, completions, attributions, models, methods):
+    for route in (chat, completions, attributions, models, methods, concepts):
         app.include_router(route.router)
-    for route in (vectors, classifiers, builds, presets, service):
+    for route in (vectors, similarities, classifiers, builds, presets, service):
         app.include_router(route.router)
     install_error_handlers(app)
     install_openapi(app, server)
