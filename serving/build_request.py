@@ -5,93 +5,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema
 
+from trimtab.serving.build_schema import PAIRS, TEXTS
 from trimtab.serving.errors import RequestError
-from trimtab.serving.openai.attribution_options import Params
 from trimtab.serving.openai.generation_request import Seed, StrictModel, refused
 from trimtab.steering.errors import did_you_mean, listed
 from trimtab.steering.spec import ArtifactId
 
 MAX_DESCRIPTION = 1000
 
-EXAMPLES: dict[str, Any] = {
-    "concept": {
-        "summary": "A vector from a bundled concept",
-        "value": {"kind": "vector", "id": "warm", "concept": "warm"},
-    },
-    "describe": {
-        "summary": "A vector from two descriptions, which the model answers under",
-        "value": {
-            "kind": "vector",
-            "id": "brief",
-            "describe": "brief and to the point",
-            "against": "long-winded",
-            "method": "pca",
-            "params": {"pairing": "diff"},
-        },
-    },
-    "pairs": {
-        "summary": "A vector from pairs of answers; forty or more make a useful one",
-        "value": {
-            "kind": "vector",
-            "id": "polite",
-            "pairs": [
-                {
-                    "prompt": "Can you help me?",
-                    "preferred": "Certainly, with pleasure.",
-                    "dispreferred": "If I must.",
-                }
-            ],
-        },
-    },
-    "classifier": {
-        "summary": "A classifier of five tones, from the model's own answers",
-        "value": {
-            "kind": "classifier",
-            "id": "tone",
-            "bundled": "tone",
-            "own_answer_tokens": 48,
-        },
-    },
-}
-
-_PAIR = {
-    "type": "array",
-    "items": {
-        "oneOf": [
-            {
-                "type": "object",
-                "additionalProperties": False,
-                "required": list(required),
-                "properties": {name: {"type": "string"} for name in required}
-                | {"split": {"enum": ["build", "held"]}},
-            }
-            for required in (("prompt", "preferred", "dispreferred"), ("positive", "negative"))
-        ]
-    },
-}
-_TEXT = {
-    "type": "array",
-    "items": {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["text"],
-        "properties": {
-            "text": {"type": "string"},
-            "label": {"type": "string"},
-            "labels": {"type": "array", "items": {"type": "string"}},
-            "prompt": {"type": "string"},
-            "split": {"enum": ["build", "held"]},
-        },
-    },
-}
 _PAIR_FIELDS = ("prompt", "preferred", "dispreferred", "split")
 _CONTRAST_FIELDS = ("positive", "negative", "split")
 _TEXT_FIELDS = ("text", "label", "labels", "prompt", "split")
 
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def _option(value: Any) -> Any:
+    if isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 200):
+        return value
+    raise ValueError("must be a boolean, a number or a text of at most 200 characters")
+
+
+def _place(value: Any) -> Any:
+    if isinstance(value, str) and len(value) <= 16:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 1_000_000:
+        return value
+    raise ValueError("must be 'mean', 'last' or an index into the answer")
+
+
+# Not unions: pydantic would put the name of a member into the path of an error.
+Option = Annotated[
+    Any,
+    AfterValidator(_option),
+    WithJsonSchema({"anyOf": [{"type": kind} for kind in ("boolean", "number", "string")]}),
+]
+Place = Annotated[
+    Any,
+    AfterValidator(_place),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer"}]}),
+]
 
 
 class BuildRequest(StrictModel):
@@ -110,15 +66,18 @@ class VectorBuildRequest(BuildRequest):
 
     kind: Literal["vector"]
     concept: Name | None = Field(None, description="A bundled set of pairs")
-    pairs: Annotated[list[Any], WithJsonSchema(_PAIR)] | None = None
+    pairs: Annotated[list[Any], WithJsonSchema(PAIRS)] | None = None
     describe: Text | None = Field(None, description="What to be, in a few words")
     against: Text | None = Field(None, description="The opposite; goes with `describe`")
     method: str | None = Field(
         None, max_length=64, description="A name of GET /v1/steering/methods; null: the default"
     )
-    params: Params = Field({}, max_length=32, description="The method's options by name")
-    position: int | Annotated[str, Field(max_length=16)] = Field(
+    params: dict[str, Option] = Field({}, max_length=32, description="The method's options by name")
+    position: Place = Field(
         "mean", description="Tokens of the answer to read: `mean`, `last`, or an index"
+    )
+    map: bool = Field(
+        False, description="Measure other layers and scales as well; goes with `calibrate`"
     )
     normalize: bool = Field(False, description="Whether steering keeps the hidden norm by default")
 
@@ -128,7 +87,7 @@ class ClassifierBuildRequest(BuildRequest):
 
     kind: Literal["classifier"]
     bundled: Name | None = Field(None, description="A bundled set of instructions and questions")
-    texts: Annotated[list[Any], WithJsonSchema(_TEXT)] | None = None
+    texts: Annotated[list[Any], WithJsonSchema(TEXTS)] | None = None
     network: Literal["mlp", "linear"] = Field("mlp", description="Two hidden layers, or none")
     hidden: int = Field(128, ge=1, le=1024, description="Units of each hidden layer")
     layers: list[int] | None = Field(
@@ -181,6 +140,12 @@ def read_build(
         _one_of(request, "concept", "pairs", "describe")
         if (request.describe is None) != (request.against is None):
             raise RequestError("describe and against go together.", param="against")
+        if request.map and not request.calibrate:
+            raise RequestError(
+                "A map shows multiples of the calibrated dose; send calibrate true, or leave map "
+                "out.",
+                param="map",
+            )
         name, rows = "pairs", request.pairs
     else:
         _one_of(request, "bundled", "texts")

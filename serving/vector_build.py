@@ -70,6 +70,7 @@ def vector_work(
             position=position,
             normalize=request.normalize,
             is_calibrated=request.calibrate,
+            is_mapped=request.map,
             description=request.description,
             progress=progress,
         )

@@ -135,8 +135,10 @@ def calibrate(
         budget: what may be spent and accepted.
         progress: told of each stage's steps.
     """
-    bench = _Bench(host, directions, pairs, normalize=normalize, budget=budget or Budget())
     sets = list(candidates or candidate_layers(len(directions)))
+    if progress is not None:
+        progress("choosing layers", 0, len(sets))
+    bench = _Bench(host, directions, pairs, normalize=normalize, budget=budget or Budget())
     tried = []
     for i, layers in enumerate(sets):
         tried.append(bench.try_layers(layers))

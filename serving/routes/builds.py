@@ -11,13 +11,13 @@ from starlette.responses import JSONResponse, Response
 
 from trimtab.serving.body import read_object
 from trimtab.serving.build_request import (
-    EXAMPLES,
     BuildRequest,
     ClassifierBuildRequest,
     VectorBuildRequest,
     read_build,
 )
 from trimtab.serving.build_run import build_access, build_work
+from trimtab.serving.build_schema import EXAMPLES
 from trimtab.serving.builds import Built
 from trimtab.serving.engines.base import ModelAccess
 from trimtab.serving.jobs import Work

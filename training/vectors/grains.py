@@ -14,7 +14,7 @@ from trimtab.attribution.objective import Objective
 from trimtab.attribution.problem import Problem
 from trimtab.attribution.prompt import Prompt, prompt_from_messages, prompt_from_text
 from trimtab.attribution.subject import Subject
-from trimtab.steering.errors import DataError
+from trimtab.steering.errors import DataError, NotFoundError
 from trimtab.training.scoring import answer_of
 from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.masked_prompts import last_states
@@ -68,7 +68,11 @@ class Grains:
 
     def __post_init__(self) -> None:
         if self.attribution not in (AUTO, RANDOM):
-            registry.make(self.attribution)
+            try:
+                registry.make(self.attribution)
+            except NotFoundError as error:
+                error.param = "params.attribution"
+                raise
         if self.k < 1:
             raise DataError(f"Option 'k' is {self.k}; expected 1 or more.", param="params.k")
         for name, known in (

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from trimtab.steering.errors import DataError
+
 
 @dataclass(frozen=True)
 class Logistic:
@@ -22,6 +24,10 @@ class Logistic:
     """
 
     c: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.c < float("inf"):
+            raise DataError(f"Option 'c' is {self.c}; expected a number over 0.", param="params.c")
 
     def fit(
         self,

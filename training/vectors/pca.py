@@ -35,7 +35,8 @@ class PCA:
     def __post_init__(self) -> None:
         if self.pairing not in PAIRINGS:
             raise DataError(
-                f"Option 'pairing' is {self.pairing!r}; expected one of {', '.join(PAIRINGS)}."
+                f"Option 'pairing' is {self.pairing!r}; expected one of {', '.join(PAIRINGS)}.",
+                param="params.pairing",
             )
 
     def fit(
