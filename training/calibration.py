@@ -135,8 +135,10 @@ def calibrate(
         budget: what may be spent and accepted.
         progress: told of each stage's steps.
     """
-    bench = _Bench(host, directions, pairs, normalize=normalize, budget=budget or Budget())
     sets = list(candidates or candidate_layers(len(directions)))
+    if progress is not None:
+        progress("choosing layers", 0, len(sets))
+    bench = _Bench(host, directions, pairs, normalize=normalize, budget=budget or Budget())
     tried = []
     for i, layers in enumerate(sets):
         tried.append(bench.try_layers(layers))
@@ -150,7 +152,9 @@ def calibrate(
         for i, scale in enumerate(SCALES):
             curve.append(bench.point(layers, dose, scale))
             if progress is not None:
-                progress("measuring the curve", i + 1, len(SCALES))
+                # A dose that is tried again is more to do, not the same once more.
+                done = attempt * len(SCALES) + i + 1
+                progress("measuring the curve", done, (attempt + 1) * len(SCALES))
         problem = bench.problem(curve)
         if problem is None or attempt == 4:
             break

@@ -17,7 +17,7 @@ from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.activations import Position, hidden_states
 from trimtab.training.vectors.pairs import Pair, PairSet
 from trimtab.training.vectors.probes import fit_probes
-from trimtab.training.vectors.registry import ALIASES, DEFAULT, ModelMethod, make
+from trimtab.training.vectors.registry import ALIASES, DEFAULT, Method, ModelMethod, make
 
 # Relative dose a layer when calibration is left out: small enough for one layer of any model.
 UNCALIBRATED_DOSE = 0.1
@@ -72,9 +72,8 @@ def build_vector(
             param="is_mapped",
         )
     fitter = make(method, options)
+    check_pairs(pairs, fitter)
     fit, calibration = pairs.fit_and_calibration()
-    if len(calibration) < 2:
-        raise DataError(f"{pairs.name}: too few pairs to set some aside for calibration.")
 
     def reading(done: int, total: int) -> None:
         if progress is not None:
@@ -84,14 +83,23 @@ def build_vector(
         if progress is not None:
             progress("attributing prompts", done, total)
 
-    answers = [tokens for pair in fit + calibration for tokens in _answers(host, pair)]
+    def finding(done: int, total: int) -> None:
+        if progress is not None:
+            progress("finding directions", done, total)
+
+    longest = host.profile.max_context
+
+    def answers_of(pair: Pair) -> tuple[Answer, Answer]:
+        return answers_to(host.tokenizer, pair, max_context=longest)
+
+    answers = [tokens for pair in fit + calibration for tokens in answers_of(pair)]
     if isinstance(fitter, ModelMethod):  # first, for it may refuse the pairs
         directions = fitter.find(host, fit, progress=asking)
     states = hidden_states(host, answers, position=position, progress=reading)
     states = states.view(-1, 2, *states.shape[1:])
     n = len(fit)
     if not isinstance(fitter, ModelMethod):
-        directions = fitter.fit(states[:n, 0], states[:n, 1])
+        directions = fitter.fit(states[:n, 0], states[:n, 1], progress=finding)
     if not torch.isfinite(directions).all() or bool((directions.norm(dim=1) == 0).any()):
         raise DataError(
             f"{pairs.name}: {method} finds no direction; the two sides look the same to the model."
@@ -102,7 +110,7 @@ def build_vector(
         chosen = calibrate(
             host,
             directions,
-            [_answers(host, pair) for pair in calibration],
+            [answers_of(pair) for pair in calibration],
             normalize=normalize,
             is_mapped=is_mapped,
             budget=budget,
@@ -139,15 +147,33 @@ def build_vector(
     )
 
 
-def _answers(host: SteeredModel, pair: Pair) -> tuple[Answer, Answer]:
+def check_pairs(pairs: PairSet, fitter: Method) -> None:
+    """Refuse pairs that a method cannot be fitted and calibrated on.
+
+    Raises:
+        DataError: there are too few, or the method can learn nothing from them.
+    """
+    fit, calibration = pairs.fit_and_calibration()
+    if len(calibration) < 2:
+        raise DataError(f"{pairs.name}: too few pairs to set some aside for calibration.")
+    if isinstance(fitter, ModelMethod):
+        fitter.check(fit)
+
+
+def answers_to(tokenizer: Any, pair: Pair, *, max_context: int) -> tuple[Answer, Answer]:
+    """Return the tokens of a pair's two sides.
+
+    Raises:
+        DataError: one is longer than what the model attends to, or too short to be scored.
+    """
     preferred, dispreferred = (
-        answer_of(host.tokenizer, pair.prompt, text) for text in (pair.preferred, pair.dispreferred)
+        answer_of(tokenizer, pair.prompt, text) for text in (pair.preferred, pair.dispreferred)
     )
     longest = max(len(preferred.ids), len(dispreferred.ids))
-    if longest > host.profile.max_context:
+    if longest > max_context:
         start = (pair.prompt or pair.preferred)[:60]
         raise DataError(
             f"The pair that begins {start!r} has {longest} tokens; the model attends to "
-            f"{host.profile.max_context}. Shorten it."
+            f"{max_context}. Shorten it."
         )
     return preferred, dispreferred
