@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
-from trimtab.ui.visible_text import visible
+from trimtab.ui.page.plain_text import plain
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,17 @@ def heat_table(
         columns: the columns' headings.
         rows: a heading and its cells each.
     """
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in (corner, *columns))
+    head = "".join(f'<th scope="col">{plain(name)}</th>' for name in (corner, *columns))
     body = "".join(
-        f'<tr><th scope="row">{_text(name)}</th>{"".join(map(_cell, cells))}</tr>'
+        f'<tr><th scope="row">{plain(name)}</th>{"".join(map(_cell, cells))}</tr>'
         for name, cells in rows
     )
     # A box that scrolls has to be reached by keyboard, and then it needs a name. The caption is
     # outside of it, so that it never scrolls out of sight.
     return (
-        f'<div><p class="tt-hint" aria-hidden="true">{_text(caption)}</p>'
-        f'<div class="tt-heat-box" tabindex="0" role="region" aria-label="{_text(corner)}">'
-        f'<table class="tt-heat" aria-label="{_text(caption)}">'
+        f'<div><p class="tt-hint" aria-hidden="true">{plain(caption)}</p>'
+        f'<div class="tt-heat-box" tabindex="0" role="region" aria-label="{plain(corner)}">'
+        f'<table class="tt-heat" aria-label="{plain(caption)}">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>"
     )
 
@@ -59,11 +58,7 @@ def _cell(cell: Cell) -> str:
     share = max(-1.0, min(1.0, cell.share))
     colour = "--tt-heat-for" if share > 0 else "--tt-heat-against"
     style = f"background:color-mix(in srgb, var({colour}) {round(abs(share) * 100)}%, transparent)"
-    title = f' title="{_text(cell.title)}"' if cell.title else ""
+    title = f' title="{plain(cell.title)}"' if cell.title else ""
     mark = ' class="tt-knee"' if cell.is_marked else ""
     sign = '<b aria-label="chosen">◆</b>' if cell.is_marked else ""
-    return f'<td style="{style}"{title}{mark}>{sign}{_text(cell.text)}</td>'
-
-
-def _text(text: str) -> str:
-    return escape(visible(text, mark=""))
+    return f'<td style="{style}"{title}{mark}>{sign}{plain(cell.text)}</td>'

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 from trimtab.ui.page.calibration_record import RecordError, read_record
 from trimtab.ui.page.heat_map import damage_text
 from trimtab.ui.page.notice import note
+from trimtab.ui.page.plain_text import plain
 from trimtab.ui.receipt_line import spans
-from trimtab.ui.visible_text import visible
 
 
 def knee_html(calibration: dict[str, Any]) -> str:
@@ -37,7 +36,7 @@ def knee_html(calibration: dict[str, Any]) -> str:
     if knee.is_clean:
         verdict, level = "Clean: the text stays whole at scale 1.", "tt-done"
     else:
-        why = visible(knee.problem or "calibration did not say why", mark="")
+        why = knee.problem or "calibration did not say why"
         verdict, level = f"Not clean: {why}. Try it before you rely on it.", "tt-problem"
-    text = escape(" ".join(sentences))
-    return f'<div class="tt-notice {level}"><p>{text}</p><p><b>{escape(verdict)}</b></p></div>'
+    text = plain(" ".join(sentences))
+    return f'<div class="tt-notice {level}"><p>{text}</p><p><b>{plain(verdict)}</b></p></div>'
