@@ -24,10 +24,12 @@ from trimtab.serving.routes import (
     chat,
     classifiers,
     completions,
+    concepts,
     methods,
     models,
     presets,
     service,
+    similarities,
     vectors,
 )
 from trimtab.serving.settings import ServerSettings
@@ -104,9 +106,9 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.server = server
-    for route in (chat, completions, attributions, models, methods):
+    for route in (chat, completions, attributions, models, methods, concepts):
         app.include_router(route.router)
-    for route in (vectors, classifiers, presets, service):
+    for route in (vectors, similarities, classifiers, presets, service):
         app.include_router(route.router)
     install_error_handlers(app)
     install_openapi(app, server)

@@ -33,6 +33,7 @@ def build_vector(
     position: Position = "mean",
     normalize: bool = False,
     is_calibrated: bool = True,
+    is_mapped: bool = False,
     budget: Budget | None = None,
     description: str = "",
     progress: Progress | None = None,
@@ -53,15 +54,23 @@ def build_vector(
         normalize: whether steering keeps the hidden norm by default.
         is_calibrated: choose layers and scale by measurement; otherwise the middle layer at a
             relative dose of 0.1.
+        is_mapped: measure effect and damage of other layers and scales too, for the calibration's
+            record; it changes nothing that steers.
         budget: what calibration may spend and accept.
         description: a sentence for people.
         progress: told of each stage's steps.
 
     Raises:
         NotFoundError: unknown method.
-        DataError: unknown option, an answer longer than the model's context, or data from which
-            no direction comes out.
+        DataError: unknown option, an answer longer than the model's context, data from which
+            no direction comes out, or a map without calibration.
     """
+    if is_mapped and not is_calibrated:
+        raise DataError(
+            "A map shows multiples of the calibrated dose; without calibration there is none. "
+            "Calibrate, or leave the map out.",
+            param="is_mapped",
+        )
     fitter = make(method, options)
     fit, calibration = pairs.fit_and_calibration()
     if len(calibration) < 2:
@@ -95,6 +104,7 @@ def build_vector(
             directions,
             [_answers(host, pair) for pair in calibration],
             normalize=normalize,
+            is_mapped=is_mapped,
             budget=budget,
             progress=progress,
         )
