@@ -69,6 +69,23 @@ class Library:
         return sorted(card["id"] for card in presets if item in named(card["spec"]))
 
 
+@dataclass
+class Browsing:
+    """What one visitor sees of the library.
+
+    Attributes:
+        library: what was stored when it was last asked for.
+        chosen: what is shown in full.
+        to_delete: what the visitor was asked about.
+        deleted: what has gone, until the chat's panel is told.
+    """
+
+    library: Library | None = None
+    chosen: Item | None = None
+    to_delete: Item | None = None
+    deleted: Item | None = None
+
+
 async def stored(api: Api) -> Library:
     """Ask the server for all that it stores.
 
