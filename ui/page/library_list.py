@@ -54,7 +54,9 @@ def problems_html(problems: dict[str, str]) -> str:
     rows = "".join(
         f"<li><b>{text(file)}</b>: {text(why)}</li>" for file, why in sorted(problems.items())
     )
-    head = "1 file cannot be read" if len(problems) == 1 else f"{len(problems)} files cannot be read"
+    head = (
+        "1 file cannot be read" if len(problems) == 1 else f"{len(problems)} files cannot be read"
+    )
     return f'<div class="tt-notice tt-problem" id="library-problems">{head}:<ul>{rows}</ul></div>'
 
 

@@ -31,10 +31,16 @@ class LibraryUpload:
                 suffixes=(".safetensors", ".gguf"),
             )
             self.kind = gr.Radio(
-                ["vector", "classifier"], value="vector", label="It is a", elem_id="library-file-kind"
+                ["vector", "classifier"],
+                value="vector",
+                label="It is a",
+                elem_id="library-file-kind",
             )
             self.name = gr.Textbox(
-                label="Store it as", placeholder="a name", max_length=64, elem_id="library-file-name"
+                label="Store it as",
+                placeholder="a name",
+                max_length=64,
+                elem_id="library-file-name",
             )
             self.replaces = gr.Checkbox(
                 False, label="Replace what has this name", elem_id="library-file-replaces"

@@ -35,7 +35,9 @@ def similarity_html(answer: dict[str, Any], chosen: str | None) -> str:
         (ids[i], [_cell(ids[i], ids[j], matrix[i][j], is_same=i == j) for j in shown])
         for i in shown
     ]
-    where = "at each vector's own layers" if answer["layer"] is None else f"at layer {answer['layer']}"
+    where = (
+        "at each vector's own layers" if answer["layer"] is None else f"at layer {answer['layer']}"
+    )
     caption = f"Cosine similarity {where}: +1 the same way, 0 unrelated, −1 opposite."
     if len(shown) < len(ids):
         caption += f" {len(shown)} of {len(ids)} vectors."
@@ -50,9 +52,7 @@ def neighbours_html(vector: str, cosines: dict[str, float | None]) -> str:
         vector: its id.
         cosines: with every vector, itself among them; None where there is nothing to compare.
     """
-    known = {
-        name: value for name, value in cosines.items() if name != vector and value is not None
-    }
+    known = {name: value for name, value in cosines.items() if name != vector and value is not None}
     alone = [name for name, value in cosines.items() if value is None]
     near = sorted((n for n in known if known[n] >= _ALIKE), key=lambda n: -known[n])
     against = sorted((n for n in known if known[n] <= -_ALIKE), key=lambda n: known[n])
