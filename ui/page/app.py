@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from trimtab.ui.page.api import Api
 from trimtab.ui.page.chat_tab import ChatTab
+from trimtab.ui.page.library_tab import LibraryTab
 from trimtab.ui.page.mount import PATH
 from trimtab.ui.page.shell import Shell
 from trimtab.ui.page.visitor import Visitors
@@ -36,8 +37,11 @@ def page(visitors: Visitors) -> gr.Blocks:
     """
     with gr.Blocks(title="trimtab", analytics_enabled=False, fill_width=True) as blocks:
         welcome = Welcome(visitors)
-        with gr.Tabs(elem_id="tabs"), gr.Tab("Chat", id="chat"):
-            chat = ChatTab(visitors)
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Chat", id="chat"):
+                chat = ChatTab(visitors)
+            with gr.Tab("Library", id="library") as library:
+                LibraryTab(visitors, tab=library, tabs=tabs, chat=chat)
         gr.on(
             [blocks.load, welcome.entered],
             welcome.greet,

@@ -9,6 +9,7 @@ import gradio as gr
 
 from trimtab.ui.page.api import Api
 from trimtab.ui.page.conversation import Conversation
+from trimtab.ui.page.library import Browsing
 
 MAX_VISITORS = 1000
 
@@ -21,11 +22,13 @@ class Visitor:
         api: the server, under the visitor's own key.
         chat: what was said to the model and answered, on both sides.
         builds: ids of the builds started here.
+        browsing: what the Library shows.
     """
 
     api: Api
     chat: Conversation = field(default_factory=Conversation)
     builds: list[str] = field(default_factory=list)
+    browsing: Browsing = field(default_factory=Browsing)
     _model: str | None = None
 
     async def model(self) -> str:
