@@ -9,24 +9,10 @@ if TYPE_CHECKING:
 
 # The real model on two busy cores.
 PATIENCE_MS = 90_000
+THINGS = ("rain", "tea", "trains", "music", "winter", "chess", "books", "bread", "stars", "cities")
 PAIRS = "\n".join(
     f"What do you think of {thing}? || I love {thing}, how bright! || I hate {thing}, how dull."
-    for thing in [
-        "rain",
-        "tea",
-        "trains",
-        "music",
-        "winter",
-        "chess",
-        "books",
-        "bread",
-        "stars",
-        "cities",
-        "gardens",
-        "oceans",
-        "dogs",
-        "snow",
-    ]
+    for thing in (*THINGS, "gardens", "oceans", "dogs", "snow")
 )
 
 

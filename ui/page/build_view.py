@@ -14,18 +14,10 @@ from trimtab.ui.page.plain_text import plain
 from trimtab.ui.page.scores import doses_html, scores_html
 from trimtab.ui.receipt_line import spans
 
-_WORDS = {
-    "queued": "waits",
-    "running": "is being built",
-    "done": "is built",
-    "failed": "failed",
-    "cancelled": "was cancelled",
-}
-
 
 def build_label(state: dict[str, Any]) -> str:
     """Return a build in a few words, for a list."""
-    return f"{state['kind']} {state['artifact']}: {_WORDS[state['status']]}"
+    return f"{state['kind']} {state['artifact']}: {state['status']}"
 
 
 def stage_html(state: dict[str, Any]) -> str:

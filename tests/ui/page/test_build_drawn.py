@@ -114,7 +114,7 @@ def test_what_was_measured_is_drawn_at_any_width(open_page, width, is_dark):
         page = open_page(width=width, is_dark=is_dark)
         BuildPage(page, url)
         page.click("#build-which input")
-        page.get_by_role("option", name="vector warm: is built").click()
+        page.get_by_role("option", name="vector warm: done").click()
         page.wait_for_selector("#build-result .tt-heat")
         knees = page.locator("#build-result .tt-maps .tt-knee")
         assert knees.all_inner_texts() == ["◆+0.20", "◆+4%"]
