@@ -12,7 +12,6 @@ from trimtab.ui.page.plain_text import plain
 
 _SOURCES = [("a bundled set", "bundled"), ("my labelled texts", "texts")]
 _NETWORKS = [("two hidden layers", "mlp"), ("linear", "linear")]
-MOST_OWN_TOKENS = 512
 
 
 class ClassifierForm:

@@ -187,7 +187,7 @@ def concept_html(card: dict[str, Any] | None) -> str:
     if card is None:
         return ""
     example = card["example"]
-    prompt = f"asked {plain(example['prompt'])!r}: " if example.get("prompt") else ""
+    prompt = f"asked <q>{plain(example['prompt'])}</q>, " if example.get("prompt") else ""
     return (
         f'<p class="tt-hint">{card["n_build"]} pairs to build from, {card["n_held"]} to measure '
         f"on. For example, {prompt}<q>{plain(example['preferred'])}</q> and not "
