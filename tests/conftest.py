@@ -16,6 +16,7 @@ from pathlib import Path
 # No test may reach a hub; read by huggingface_hub when it is first imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import browser
 import pytest
 import torch
 import triton_interpreter
@@ -41,7 +42,6 @@ from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.build import build_vector
 from trimtab.training.vectors.pairs import PairSet, concept
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NEEDS = {
     "gpu": (torch.cuda.is_available, "there is no CUDA device"),
     "vllm": (lambda: importlib.util.find_spec("vllm") is not None, "vLLM is not installed"),
@@ -50,7 +50,7 @@ NEEDS = {
         "there is neither a CUDA device nor a Triton whose interpreter's numbers we can mend",
     ),
     "extra": (lambda: "TRIMTAB_EXTRA" in os.environ, "it takes minutes; TRIMTAB_EXTRA=1 runs it"),
-    "browser": (lambda: any(map(shutil.which, BROWSERS)), "no Chromium or Chrome is installed"),
+    "browser": (lambda: browser.executable() is not None, "no Chromium or Chrome is installed"),
 }
 
 
@@ -102,8 +102,8 @@ def toy_llama() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
-def real_server(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server of the real model in float32, with two vectors and a classifier of few examples."""
+def real_store(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two of the real model's vectors and a classifier of few examples, to be copied."""
     store = Store(tmp_path_factory.mktemp("real"))
     profile = profile_model(smollm2.model, model_id="smollm2", tokenizer=smollm2.tokenizer)
     host = SteeredModel(smollm2, profile)
@@ -111,9 +111,19 @@ def real_server(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) 
         some = PairSet(name, tuple(concept(name).build[:16]))
         store.put_vector(build_vector(host, some, id=name, is_calibrated=False))
     store.put_classifier(few_tones(host))
+    return store
+
+
+@pytest.fixture(scope="session")
+def real_server(
+    smollm2: LoadedModel, real_store: Store, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """A server of the real model in float32, with a copy of `real_store`."""
+    folder = tmp_path_factory.mktemp("served") / "store"
+    shutil.copytree(real_store.folder, folder)
     engine = TransformersEngine(lambda: smollm2)
     settings = ServerSettings(served_model_name="smollm2")
-    with running(engine, store, settings=settings) as served:
+    with running(engine, Store(folder), settings=settings) as served:
         yield served
 
 
