@@ -1,4 +1,4 @@
-"""Scores of a prompt's tokens on a colour scale: an attribution's own, or two attributions' change."""
+"""Scores of a prompt's tokens on a colour scale: an attribution's own, or a difference of two."""
 
 from __future__ import annotations
 
