@@ -67,7 +67,7 @@ class Difference(Scores):
             sum(report.tokens[i]["score"] or 0.0 for i in piece.indexes)
             for report in (self.steered, self.unsteered)
         )
-        return f"{piece.score:+.6f} = {one:+.6f} steered - ({other:+.6f}) unsteered"
+        return f"{piece.score:+.6f}, from {other:+.6f} unsteered to {one:+.6f} steered"
 
     @property
     def summary(self) -> str:

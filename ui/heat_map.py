@@ -40,8 +40,8 @@ def legend_html(scores: Scores, *, meaning: str = FOR_THE_ANSWER) -> str:
     """Return the scale with its ends, and what the colours mean in words."""
     end = f"{scores.end:.3f}"
     return (
-        f'<p class="tt-scale">−{end}<span class="tt-ramp" role="img" '
-        f'aria-label="blue below zero, red above"></span>+{end} {escape(scores.unit)}. '
+        f'<p class="tt-scale"><span class="tt-ends">−{end}<span class="tt-ramp" role="img" '
+        f'aria-label="blue below zero, red above"></span>+{end} {escape(scores.unit)}.</span> '
         f"{escape(meaning)}; grey is the template, which stays. Hover over a word for its "
         "score.</p>"
     )
@@ -143,7 +143,8 @@ line-height:1.9;margin:.3rem 0}
 .tt-token{display:inline-block;margin:0 .5rem .3rem 0;text-align:center;white-space:pre-wrap;
 vertical-align:bottom;line-height:1.3}
 .tt-token b{display:block;font-weight:normal;font-size:.75rem;color:var(--tt-soft)}
-.tt-ramp{display:inline-block;width:12rem;max-width:40vw;height:.8em;margin:0 .5rem;
+.tt-ends{white-space:nowrap}
+.tt-ramp{display:inline-block;width:12rem;max-width:35vw;height:.8em;margin:0 .5rem;
 border:1px solid var(--tt-line);
 background:linear-gradient(to right,var(--tt-minus),transparent,var(--tt-plus))}
 """

@@ -48,6 +48,7 @@ class WhyTab:
                 with gr.Column(visible=False) as self.typed:
                     self.texts = [
                         gr.Textbox(
+                            "",
                             label=label,
                             lines=2,
                             max_lines=8,
@@ -79,6 +80,7 @@ class WhyTab:
                 )
                 with gr.Accordion("More", open=False):
                     self.options = gr.Textbox(
+                        "",
                         label="The method's options",
                         info="Empty: its defaults, shown above.",
                         placeholder="samples=256, seed=1",

@@ -98,17 +98,22 @@ def _map(report: Report, heading: str) -> str:
     return (
         f'<section class="tt-card"><h3>{escape(heading)}</h3>{heat_map.prompt_html(report)}'
         f"{heat_map.legend_html(report)}{_doubt(report)}"
-        f"{_strongest(report, 'Strongest words')}"
+        f"{_strongest('Strongest words', score=report)}"
         f'<div class="tt-facts">{facts}</div></section>'
     )
 
 
 def _difference(difference: Difference) -> str:
+    words = _strongest(
+        "Words that changed most",
+        difference=difference,
+        steered=difference.steered,
+        unsteered=difference.unsteered,
+    )
     return (
         '<section class="tt-card"><h3>Difference: steered minus unsteered</h3>'
         f"{heat_map.prompt_html(difference)}{heat_map.legend_html(difference, meaning=_CHANGE)}"
-        f"{_strongest(difference, 'Words that changed most')}"
-        f'<div class="tt-facts">{heat_map.facts_html(difference.summary, _SCALE)}</div></section>'
+        f'{words}<div class="tt-facts">{heat_map.facts_html(difference.summary, _SCALE)}</div></section>'
     )
 
 
@@ -124,13 +129,19 @@ def _doubt(report: Report) -> str:
     return f'<p class="tt-warning" role="status">{escape(told + more)}</p>'
 
 
-def _strongest(scores: Scores, caption: str) -> str:
+def _strongest(caption: str, **columns: Scores) -> str:
+    """Return a table of the pieces that weigh most in the first column."""
+    first = next(iter(columns.values()))
+    headings = "".join(f'<th scope="col">{name}</th>' for name in ("word", *columns))
     rows = "".join(
-        f'<tr><th scope="row"><code>{escape(repr(piece.text))}</code></th>'
-        f"<td>{escape(scores.account(piece))}</td></tr>"
-        for piece in scores.scored[:_MOST_ROWS]
+        f'<tr><th scope="row"><code>{escape(repr(piece.text))}</code></th>{figures}</tr>'
+        for piece in first.scored[:_MOST_ROWS]
+        for figures in ["".join(map(partial(_figure, piece), columns.values()))]
     )
-    return f'<div class="tt-wide"><table><caption>{caption}</caption>{rows}</table></div>'
+    return (
+        f'<div class="tt-wide"><table><caption>{caption}, {escape(first.unit)}</caption>'
+        f"<tr>{headings}</tr>{rows}</table></div>"
+    )
 
 
 def _details(summary: str, inside: str) -> str:
