@@ -26,7 +26,7 @@ class TooLargeError(AttributionError):
 
 
 class CancelledError(AttributionError):
-    """The attribution was called off before it was done."""
+    """The work was called off before it was done."""
 
     status = 499
     code = "cancelled"

@@ -12,7 +12,7 @@ class Slices(Protocol):
     """Runs a piece of work where and when the model is free, and gives back what it returns.
 
     A server's runs it on the model's thread between two steps of the batch, and raises
-    `CancelledError` instead once the attribution is called off.
+    `CancelledError` instead once the job it belongs to is called off.
     """
 
     def __call__(self, work: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,10 +11,12 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from trimtab.serving.attribution_jobs import AttributionJobs
+from trimtab.attribution.result import Attribution
+from trimtab.serving.builds import Builds
 from trimtab.serving.engines.base import Engine
 from trimtab.serving.errors import install_error_handlers
 from trimtab.serving.generation_log import GenerationLog
+from trimtab.serving.jobs import JobQueue, JobStatus
 from trimtab.serving.keys import KeyGuard
 from trimtab.serving.lifecycle import Lifecycle
 from trimtab.serving.metrics import Metrics
@@ -21,13 +24,16 @@ from trimtab.serving.openapi import install_openapi
 from trimtab.serving.request_context import RequestContext
 from trimtab.serving.routes import (
     attributions,
+    builds,
     chat,
     classifiers,
     completions,
+    concepts,
     methods,
     models,
     presets,
     service,
+    similarities,
     vectors,
 )
 from trimtab.serving.settings import ServerSettings
@@ -63,8 +69,15 @@ def create_app(
         TrimtabError: the generation log cannot be opened.
     """
     lifecycle = Lifecycle(engine, on_ready=on_ready, on_failed=on_failed)
-    jobs = AttributionJobs(max_queue=settings.attribution_max_queue)
-    metrics = Metrics(lifecycle, jobs)
+    attributed: JobQueue[Attribution] = JobQueue(
+        what="attribution", prefix="attr", max_queue=settings.attribution_max_queue
+    )
+
+    def count(kind: str, status: JobStatus) -> None:
+        metrics.builds.labels(kind, status.value).inc()
+
+    built = Builds(max_queue=settings.build_max_queue, on_end=count)
+    metrics = Metrics(lifecycle, attributed, built)
     generation_log = None
     if settings.log_generations is not None:
         generation_log = GenerationLog(
@@ -78,7 +91,8 @@ def create_app(
         settings=settings,
         lifecycle=lifecycle,
         metrics=metrics,
-        attributions=jobs,
+        attributions=attributed,
+        builds=built,
         generation_log=generation_log,
         started=int(time.time()),
     )
@@ -89,7 +103,7 @@ def create_app(
         try:
             yield
         finally:
-            await jobs.close()
+            await asyncio.gather(attributed.close(), built.close())
             await lifecycle.end()
             if generation_log is not None:
                 await run_in_threadpool(generation_log.close)
@@ -104,9 +118,9 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.server = server
-    for route in (chat, completions, attributions, models, methods):
+    for route in (chat, completions, attributions, models, methods, concepts):
         app.include_router(route.router)
-    for route in (vectors, classifiers, presets, service):
+    for route in (vectors, similarities, classifiers, builds, presets, service):
         app.include_router(route.router)
     install_error_handlers(app)
     install_openapi(app, server)

@@ -14,9 +14,11 @@ from trimtab.serving.body import read_body
 from trimtab.serving.errors import RequestError
 from trimtab.serving.state import ServerState
 from trimtab.steering.artifact import ModelRef
+from trimtab.steering.classifier import ClassifierArtifact
 from trimtab.steering.errors import ArtifactError
 from trimtab.steering.lookup import check_belongs, listed_layers
 from trimtab.steering.store import Store, check_id
+from trimtab.steering.vector import VectorArtifact
 
 FILE_BODY: dict[str, Any] = {
     "requestBody": {
@@ -42,6 +44,19 @@ class Artifact(Protocol):
 
 
 A = TypeVar("A", bound=Artifact)
+
+VECTOR = "steering.vector"
+CLASSIFIER = "steering.classifier"
+
+
+def vector_card(vector: VectorArtifact) -> dict[str, Any]:
+    """Return a vector as it goes over the wire."""
+    return {"object": VECTOR, **vector.card()}
+
+
+def classifier_card(classifier: ClassifierArtifact) -> dict[str, Any]:
+    """Return a classifier as it goes over the wire."""
+    return {"object": CLASSIFIER, **classifier.card()}
 
 
 def artifact_id(name: str) -> str:

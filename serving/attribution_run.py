@@ -18,9 +18,9 @@ from trimtab.attribution.objective import Objective
 from trimtab.attribution.prompt import Prompt, prompt_from_messages, prompt_from_text
 from trimtab.attribution.result import Attribution
 from trimtab.attribution.slices import Slices
-from trimtab.serving.attribution_jobs import Job, Progress, Reservation
 from trimtab.serving.engines.base import ContextLengthError, ModelAccess
 from trimtab.serving.errors import RequestError
+from trimtab.serving.jobs import Job, Progress, Reservation
 from trimtab.serving.openai.attribution_request import AttributionOptions
 from trimtab.serving.openai.chat_request import Message
 from trimtab.serving.prompting import chat_ids, text_ids, turns_of
@@ -146,7 +146,7 @@ def submit(
     objective: Objective,
     *,
     reservation: Reservation | None = None,
-) -> Job:
+) -> Job[Attribution]:
     """Queue the attribution.
 
     Raises:
@@ -178,6 +178,9 @@ def submit(
         )
 
     def work(slices: Slices, progress: Progress) -> Attribution:
+        def tell(done: int, total: int) -> None:
+            progress("attributing", done, total)
+
         return attribute(
             access.subject,
             prompt,
@@ -188,13 +191,13 @@ def submit(
             is_measured=how.faithfulness,
             plan=question.plan,
             slices=slices,
-            progress=progress,
+            progress=tell,
         )
 
     return server.attributions.submit(work, access, reservation=reservation)
 
 
-async def finished(server: ServerState, job: Job) -> Attribution:
+async def finished(server: ServerState, job: Job[Attribution]) -> Attribution:
     """Return a job's result; it is cancelled if nobody waits for it any more.
 
     Raises:
@@ -227,7 +230,7 @@ def result_body(found: Attribution, plan: Plan | None) -> dict[str, Any]:
     return body
 
 
-def progress_body(server: ServerState, job: Job) -> dict[str, Any]:
+def progress_body(server: ServerState, job: Job[Attribution]) -> dict[str, Any]:
     """Return how far a job is."""
     eta_s = job.eta_s
     return {

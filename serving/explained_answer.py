@@ -7,7 +7,6 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from trimtab.attribution.objective import Objective
-from trimtab.serving.attribution_jobs import Reservation
 from trimtab.serving.attribution_run import (
     Question,
     finished,
@@ -19,6 +18,7 @@ from trimtab.serving.attribution_run import (
     tokens_of,
 )
 from trimtab.serving.errors import RequestError, error_of
+from trimtab.serving.jobs import Reservation
 from trimtab.serving.openai.chat_request import ChatRequest
 from trimtab.serving.own_answer import spoken
 from trimtab.serving.state import ServerState

@@ -8,7 +8,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from trimtab.serving.attribution_jobs import AttributionJobs
+from trimtab.attribution.result import Attribution
+from trimtab.serving.builds import Builds
+from trimtab.serving.jobs import JobQueue
 from trimtab.serving.lifecycle import Lifecycle
 from trimtab.steering.plan import Plan, ProbeRow, Reader
 
@@ -22,9 +24,12 @@ _DOSE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 5)
 class EngineGauges(Collector):
     """Reads the engine's load at scrape time, so that nothing can go stale."""
 
-    def __init__(self, lifecycle: Lifecycle, attributions: AttributionJobs) -> None:
+    def __init__(
+        self, lifecycle: Lifecycle, attributions: JobQueue[Attribution], builds: Builds
+    ) -> None:
         self.lifecycle = lifecycle
         self.attributions = attributions
+        self.builds = builds
 
     def describe(self) -> list[Metric]:
         """Return nothing: registering must not ask an engine that has not started."""
@@ -43,6 +48,7 @@ class EngineGauges(Collector):
             ("slots_used", "Steering slots in use", stats.slots_used),
             ("slots", "Steering slots there are", stats.slots_total),
             ("attributions", "Attributions that wait or run", len(self.attributions)),
+            ("builds_live", "Builds that wait or run", len(self.builds)),
         ):
             yield GaugeMetricFamily(f"trimtab_{name}", text, value=value)
         yield CounterMetricFamily("trimtab_engine_steps", "Steps of the engine", value=stats.steps)
@@ -54,11 +60,14 @@ class Metrics:
     Args:
         lifecycle: where the engine's load is read.
         attributions: their queue.
+        builds: theirs.
     """
 
-    def __init__(self, lifecycle: Lifecycle, attributions: AttributionJobs) -> None:
+    def __init__(
+        self, lifecycle: Lifecycle, attributions: JobQueue[Attribution], builds: Builds
+    ) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(EngineGauges(lifecycle, attributions))
+        self.registry.register(EngineGauges(lifecycle, attributions, builds))
 
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(f"trimtab_{name}", text, labels, registry=self.registry)
@@ -78,6 +87,9 @@ class Metrics:
         self.generations_logged = counter("generations_logged", "Choices in the generation log")
         self.generations_not_logged = counter(
             "generations_not_logged", "Choices the generation log has not", ("reason",)
+        )
+        self.builds = counter(
+            "builds_ended", "Builds that are over, by how they ended", ("kind", "status")
         )
         self.first_token = histogram(
             "time_to_first_token_seconds", "From request to first token", _FIRST_TOKEN_S

@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from trimtab.serving.build_request import ClassifierBuildRequest, VectorBuildRequest
 from trimtab.serving.openai.attribution_request import AttributionRequest
 from trimtab.serving.openai.chat_request import ChatRequest, TextPart
 from trimtab.serving.openai.completion_request import CompletionRequest
@@ -22,6 +23,8 @@ _MODELS: tuple[type[BaseModel], ...] = (
     TextPart,
     CompletionRequest,
     AttributionRequest,
+    VectorBuildRequest,
+    ClassifierBuildRequest,
     SteeringSpec,
 )
 

@@ -66,6 +66,14 @@ class ServerSettings(BaseModel):
         "scientific purposes; without it kernel_shap is the default",
     )
 
+    build_max_queue: int = Field(
+        4, ge=1, description="Most builds of vectors and classifiers that may wait or run"
+    )
+    build_max_rows: int = Field(2000, ge=4, description="Most pairs or labelled texts of one build")
+    build_max_chars: int = Field(
+        2_000_000, ge=1, description="Most characters of one build's pairs or texts together"
+    )
+
     @property
     def has_keys(self) -> bool:
         """True if the API is guarded."""

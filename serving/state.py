@@ -8,9 +8,11 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from trimtab.serving.attribution_jobs import AttributionJobs
+from trimtab.attribution.result import Attribution
+from trimtab.serving.builds import Builds
 from trimtab.serving.engines.base import Engine, EngineInfo
 from trimtab.serving.generation_log import GenerationLog
+from trimtab.serving.jobs import JobQueue
 from trimtab.serving.lifecycle import Lifecycle
 from trimtab.serving.metrics import Metrics
 from trimtab.serving.settings import ServerSettings
@@ -27,7 +29,8 @@ class ServerState:
     settings: ServerSettings
     lifecycle: Lifecycle
     metrics: Metrics
-    attributions: AttributionJobs
+    attributions: JobQueue[Attribution]
+    builds: Builds
     generation_log: GenerationLog | None = None
     started: int = field(default=0)
 

@@ -116,6 +116,14 @@ class Shelf(Generic[T]):
                 )
             raise self._unknown(name, param=param)
 
+    def has(self, name: str) -> bool:
+        """Return whether there is a file of that id, damaged or not.
+
+        Raises:
+            ArtifactError: the id is not valid.
+        """
+        return self._path(name).exists()
+
     def put(self, name: str, thing: T) -> bool:
         """Store one, replacing what had its id. Return True if the id was new.
 

@@ -74,6 +74,10 @@ class Store:
         """
         return self._vectors.get(name, param=param)
 
+    def has_vector(self, name: str) -> bool:
+        """Return whether a vector of that id is stored, readable or not."""
+        return self._vectors.has(name)
+
     def put_vector(self, vector: VectorArtifact) -> bool:
         """Store a vector, replacing one of the same id. Return True if the id was new."""
         return self._vectors.put(vector.id, vector)
@@ -99,6 +103,10 @@ class Store:
             NotFoundError: unknown id, with the nearest known one; or its file is damaged.
         """
         return self._classifiers.get(name, param=param)
+
+    def has_classifier(self, name: str) -> bool:
+        """Return whether a classifier of that id is stored, readable or not."""
+        return self._classifiers.has(name)
 
     def put_classifier(self, classifier: ClassifierArtifact) -> bool:
         """Store a classifier, replacing one of the same id. Return True if the id was new."""

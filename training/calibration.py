@@ -9,6 +9,9 @@ Scale. On the chosen layers the curve over multiples -1 to 4 of that dose is mea
 generations. While the margin does not rise monotonically over -1, -0.5, 0, 0.5, 1, or greedy
 generations at 1 are degenerate, the dose is lowered. What remains is scale 1.0.
 
+Map, if asked for. That dose on every single layer and on the chosen ones, at several scales: see
+`layer_map.py`.
+
 Margin is the mean over pairs of the preferred answer's mean log-probability a token minus the
 dispreferred one's. Damage is measured on text and prompts that have nothing to do with the concept.
 """
@@ -23,6 +26,7 @@ from typing import Any
 import torch
 
 from trimtab.steering.plan import Plan, additive_plan
+from trimtab.training.layer_map import layer_map, mapped_layers
 from trimtab.training.scoring import Answer, answer_logprobs, answer_of, generate, perplexity
 from trimtab.training.repetition import repetition as repetition_of
 from trimtab.training.steered_model import SteeredModel
@@ -87,7 +91,7 @@ class Calibration:
         layers: default layers.
         dose: relative dose at each of them at scale 1.0.
         record: everything as plain JSON, for the artifact: `criteria`, `candidates` (layers, dose
-            at equal damage, effect), `curve`, `knee`, `n_pairs`.
+            at equal damage, effect), `curve`, `knee`, `n_pairs`, and `map` if it was asked for.
     """
 
     layers: tuple[int, ...]
@@ -115,6 +119,7 @@ def calibrate(
     *,
     candidates: Sequence[tuple[int, ...]] | None = None,
     normalize: bool = False,
+    is_mapped: bool = False,
     budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -126,11 +131,14 @@ def calibrate(
         pairs: calibration pairs (preferred, dispreferred) the directions were not fitted on.
         candidates: layer sets to compare; None takes `candidate_layers`.
         normalize: whether requests will keep the hidden norm.
+        is_mapped: measure other layers and scales at the chosen dose as well.
         budget: what may be spent and accepted.
         progress: told of each stage's steps.
     """
-    bench = _Bench(host, directions, pairs, normalize=normalize, budget=budget or Budget())
     sets = list(candidates or candidate_layers(len(directions)))
+    if progress is not None:
+        progress("choosing layers", 0, len(sets))
+    bench = _Bench(host, directions, pairs, normalize=normalize, budget=budget or Budget())
     tried = []
     for i, layers in enumerate(sets):
         tried.append(bench.try_layers(layers))
@@ -144,7 +152,9 @@ def calibrate(
         for i, scale in enumerate(SCALES):
             curve.append(bench.point(layers, dose, scale))
             if progress is not None:
-                progress("measuring the curve", i + 1, len(SCALES))
+                # A dose that is tried again is more to do, not the same once more.
+                done = attempt * len(SCALES) + i + 1
+                progress("measuring the curve", done, (attempt + 1) * len(SCALES))
         problem = bench.problem(curve)
         if problem is None or attempt == 4:
             break
@@ -157,6 +167,11 @@ def calibrate(
         "curve": [asdict(point) for point in curve],
         "knee": knee,
     }
+    if is_mapped:
+        cells = layer_map(
+            bench.effect_and_rise, mapped_layers(sets, layers), dose=dose, progress=progress
+        )
+        record["map"] = {**cells, "n_pairs": len(bench.choosing)}
     return Calibration(layers, dose, _rounded(record))
 
 
@@ -174,6 +189,7 @@ class _Bench:
         self.units = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
         self.norms = host.profile.hidden_norms
         self.pairs = list(pairs)
+        self.choosing = self.pairs[:_N_CHOOSING]
         self.normalize = normalize
         self.budget = budget
         self.text = host.tokenizer(neutral_text())["input_ids"][: budget.n_text_tokens]
@@ -202,10 +218,15 @@ class _Bench:
         for _ in range(2):
             rise = max(self.rise(self.plan(layers, dose)), target / 25)
             dose *= min(3.0, max(1 / 3, (target / rise) ** 0.5))
-        some = self.pairs[:_N_CHOOSING]
-        up, down = (self.margins(self.plan(layers, s * dose), some).mean() for s in (1, -1))
-        effect = float(up - down)
-        return {"layers": list(layers), "dose": dose, "effect": effect}
+        plans = (self.plan(layers, s * dose) for s in (1, -1))
+        up, down = (self.margins(plan, self.choosing).mean() for plan in plans)
+        return {"layers": list(layers), "dose": dose, "effect": float(up - down)}
+
+    def effect_and_rise(self, layers: Sequence[int], dose: float) -> tuple[float, float]:
+        """Return how far a signed dose moves the pairs used for choosing, and its damage."""
+        plan = self.plan(layers, dose)
+        base = self.base_margins[: len(self.choosing)].mean()
+        return float(self.margins(plan, self.choosing).mean() - base), self.rise(plan)
 
     def point(self, layers: Sequence[int], dose: float, scale: float) -> CurvePoint:
         plan = self.plan(layers, dose * scale)

@@ -11,7 +11,7 @@ import torch
 
 from trimtab.steering.errors import DataError
 from trimtab.steering.plan import Plan
-from trimtab.training.steered_model import SteeredModel, batches
+from trimtab.training.steered_model import SteeredModel
 
 _MAX_ROWS = 32
 _CACHES = ("past_key_values", "cache_params")  # attention's name for it, and state-space models'
@@ -65,7 +65,6 @@ def answer_of(tokenizer: Any, prompt: str, text: str) -> Answer:
     return Answer((*head, *tail, *end), len(head), len(end))
 
 
-@torch.inference_mode()
 def answer_logprobs(
     host: SteeredModel, answers: Sequence[Answer], *, plan: Plan | None = None
 ) -> torch.Tensor:
@@ -75,7 +74,7 @@ def answer_logprobs(
     prefer the shorter of two answers. The plan acts on prompt and answer.
     """
     result = torch.zeros(len(answers))
-    for group in batches([len(a.ids) for a in answers]):
+    for group in host.batches([len(a.ids) for a in answers]):
         rows = [answers[i] for i in group]
         scores, first = _logprobs(
             host, [r.ids for r in rows], plan=plan, first=min(r.n_prompt for r in rows)
@@ -85,7 +84,6 @@ def answer_logprobs(
     return result
 
 
-@torch.inference_mode()
 def perplexity(
     host: SteeredModel, ids: Sequence[int], *, plan: Plan | None = None, window: int = 512
 ) -> float:
@@ -107,17 +105,21 @@ def _logprobs(
     host: SteeredModel, rows: Sequence[Sequence[int]], *, plan: Plan | None, first: int
 ) -> tuple[torch.Tensor, int]:
     """Return log P of each token from position `first` on, `[n_rows, longest - first]`."""
-    ids = host.pad(rows)
-    n_rows, n_tokens = ids.shape
-    keep = torch.arange(first - 1, n_tokens - 1, device=host.device)
-    with host.under(plan, n_rows=n_rows, n_tokens=n_tokens):
-        logits = host.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
-    scores = torch.zeros(n_rows, n_tokens - first)
-    for r in range(n_rows):  # a row at a time bounds the float32 copy of the logits
-        row = logits[r].float()
-        own = row.gather(1, ids[r, first:].unsqueeze(1))[:, 0]
-        scores[r] = (own - row.logsumexp(-1)).cpu()
-    return scores, first
+
+    def work() -> torch.Tensor:
+        ids = host.pad(rows)
+        n_rows, n_tokens = ids.shape
+        keep = torch.arange(first - 1, n_tokens - 1, device=host.device)
+        with host.under(plan, n_rows=n_rows, n_tokens=n_tokens):
+            logits = host.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+        scores = torch.zeros(n_rows, n_tokens - first)
+        for r in range(n_rows):  # a row at a time bounds the float32 copy of the logits
+            row = logits[r].float()
+            own = row.gather(1, ids[r, first:].unsqueeze(1))[:, 0]
+            scores[r] = (own - row.logsumexp(-1)).cpu()
+        return scores
+
+    return host.run(work), first
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,6 @@ class Generation:
     entropy: float
 
 
-@torch.inference_mode()
 def generate(
     host: SteeredModel,
     prompts: Sequence[Sequence[int]],
@@ -150,7 +151,7 @@ def generate(
     """
     results: list[Generation | None] = [None] * len(prompts)
     done = 0
-    for group in _of_one_length(prompts):
+    for group in _of_one_length(host, prompts):
         rows = [prompts[i] for i in group]
         for i, generation in zip(group, _continue(host, rows, n_tokens, plan), strict=True):
             results[i] = generation
@@ -166,15 +167,15 @@ def end_tokens(host: SteeredModel) -> frozenset[int]:
     return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
-def _of_one_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def _of_one_length(host: SteeredModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     by_length: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(i)
-    return [
-        same[at : at + _MAX_ROWS]
-        for same in by_length.values()
-        for at in range(0, len(same), _MAX_ROWS)
-    ]
+    groups = []
+    for n_tokens, same in by_length.items():
+        n_rows = host.rows_at_once(n_tokens, most=_MAX_ROWS)
+        groups += [same[at : at + n_rows] for at in range(0, len(same), n_rows)]
+    return groups
 
 
 def _continue(
@@ -187,16 +188,22 @@ def _continue(
     is_open = [True] * n_rows
     ids, start = torch.tensor([list(p) for p in prompts], device=host.device), 0
     cache: dict[str, Any] = {}
-    for _ in range(n_tokens):
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal cache
         n_now = ids.shape[1]
         with host.under(plan, n_rows=n_rows, n_tokens=n_now, start=start, n_prompt=n_prompt):
             output = host.model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
-        start += n_now
         cache = {name: output[name] for name in _CACHES if output.get(name) is not None}
         assert cache  # without one the next step would see a single token
         logprobs = output.logits[:, -1].float().log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        ids = logprobs.argmax(-1, keepdim=True)
+        return logprobs.argmax(-1, keepdim=True), entropy
+
+    for _ in range(n_tokens):
+        n_now = ids.shape[1]
+        ids, entropy = host.run(step)
+        start += n_now
         for r in range(n_rows):
             if is_open[r]:
                 new[r].append(int(ids[r, 0]))

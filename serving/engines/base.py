@@ -14,6 +14,7 @@ from trimtab.attribution.subject import Subject
 from trimtab.serving.sampling import SamplingParams
 from trimtab.steering.artifact import ModelRef
 from trimtab.steering.errors import TrimtabError
+from trimtab.steering.model.loading import LoadedModel
 from trimtab.steering.plan import Plan, ProbeRow, Reader
 
 
@@ -152,14 +153,16 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class ModelAccess:
-    """The served model in this process, for attribution.
+    """The served model in this process, for attribution and for building.
 
     Attributes:
-        subject: the model to ask. Only slices may run it.
+        loaded: the model. Only slices may run it.
+        subject: the same, as attribution asks it; knows its profile.
         slices: runs a bounded piece of work on the model's thread, between two steps of the
             batch; blocks the caller, which must not be the event loop.
     """
 
+    loaded: LoadedModel
     subject: Subject
     slices: Slices
 

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from trimtab.attribution.methods.registry import describe
 from trimtab.attribution.objective import Objective
-from trimtab.serving.attribution_jobs import Job
+from trimtab.attribution.result import Attribution
 from trimtab.serving.attribution_run import (
     AttributionBody,
     Question,
@@ -28,6 +28,7 @@ from trimtab.serving.body import read_object
 from trimtab.serving.errors import RequestError
 from trimtab.serving.event_stream import EventStream, as_json
 from trimtab.serving.generation import or_gone
+from trimtab.serving.jobs import Job
 from trimtab.serving.openai.attribution_request import EXAMPLES, AttributionRequest
 from trimtab.serving.openai.generation_request import read_request
 from trimtab.serving.openai.openai_list import deleted_response, list_response
@@ -95,7 +96,7 @@ async def _objective(
 
 
 async def _events(
-    server: ServerState, job: Job, plan: Plan | None
+    server: ServerState, job: Job[Attribution], plan: Plan | None
 ) -> AsyncIterator[AttributionBody]:
     while not job.is_over:
         job.changed.clear()
@@ -105,7 +106,7 @@ async def _events(
     yield AttributionBody(id=job.id, **result_body(found, plan))
 
 
-async def _ended(job: Job) -> None:
+async def _ended(job: Job[Attribution]) -> None:
     job.cancel()
 
 
@@ -140,7 +141,7 @@ async def cancel(id: str, server: Server) -> Response:
     return deleted_response(job.id, kind="attribution")
 
 
-def _job(server: ServerState, id: str) -> Job:
+def _job(server: ServerState, id: str) -> Job[Attribution]:
     job = server.attributions.find(id)
     if job is None:
         raise RequestError(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from trimtab.serving.artifact_files import (
+    CLASSIFIER,
     FILE_BODY,
     ArtifactId,
     check_format,
+    classifier_card,
     download,
     problems_in,
     uploaded,
@@ -24,20 +24,22 @@ from trimtab.steering.classifier import ClassifierArtifact, from_bytes, to_bytes
 
 router = APIRouter(prefix="/v1/steering/classifiers", tags=["steering"])
 
-KIND = "steering.classifier"
-
 
 @router.get("", response_model=None)
 async def list_classifiers(server: Server) -> Response:
     """List the cards of all classifiers, and the files that could not be read."""
-    cards = await run_in_threadpool(lambda: [_card(c) for c in server.store.classifiers()])
+    cards = await run_in_threadpool(
+        lambda: [classifier_card(c) for c in server.store.classifiers()]
+    )
     return list_response(cards, problems=problems_in(server.store, "classifiers"))
 
 
 @router.get("/{name}", response_model=None)
 async def get_classifier(name: ArtifactId, server: Server) -> Response:
     """Return one classifier's card: its labels, layers, held-out measures and calibrated doses."""
-    return JSONResponse(_card(await run_in_threadpool(server.store.classifier, name, param="id")))
+    return JSONResponse(
+        classifier_card(await run_in_threadpool(server.store.classifier, name, param="id"))
+    )
 
 
 @router.get("/{name}/content", response_model=None)
@@ -66,19 +68,15 @@ async def put_classifier(name: ArtifactId, server: Server, http: HttpRequest) ->
     classifier, is_new = await uploaded(
         http, server, name=name, what="classifier", read=_read, put=server.store.put_classifier
     )
-    return JSONResponse(_card(classifier), status_code=201 if is_new else 200)
+    return JSONResponse(classifier_card(classifier), status_code=201 if is_new else 200)
 
 
 @router.delete("/{name}", response_model=None, dependencies=[Depends(require_admin)])
 async def delete_classifier(name: ArtifactId, server: Server) -> Response:
     """Remove a classifier. Requests that run keep theirs."""
     await run_in_threadpool(server.store.delete_classifier, name)
-    return deleted_response(name, kind=KIND)
+    return deleted_response(name, kind=CLASSIFIER)
 
 
 def _read(data: bytes, name: str) -> ClassifierArtifact:
     return from_bytes(data, name=name)
-
-
-def _card(classifier: ClassifierArtifact) -> dict[str, Any]:
-    return {"object": KIND, **classifier.card()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from starlette.concurrency import run_in_threadpool
@@ -11,11 +9,13 @@ from starlette.responses import JSONResponse, Response
 
 from trimtab.serving.artifact_files import (
     FILE_BODY,
+    VECTOR,
     ArtifactId,
     check_format,
     download,
     problems_in,
     uploaded,
+    vector_card,
 )
 from trimtab.serving.keys import require_admin
 from trimtab.serving.openai.openai_list import deleted_response, list_response
@@ -25,20 +25,18 @@ from trimtab.steering.vector import VectorArtifact, from_bytes, to_bytes
 
 router = APIRouter(prefix="/v1/steering/vectors", tags=["steering"])
 
-KIND = "steering.vector"
-
 
 @router.get("", response_model=None)
 async def list_vectors(server: Server) -> Response:
     """List the cards of all vectors, and the files that could not be read."""
-    cards = await run_in_threadpool(lambda: [_card(v) for v in server.store.vectors()])
+    cards = await run_in_threadpool(lambda: [vector_card(v) for v in server.store.vectors()])
     return list_response(cards, problems=problems_in(server.store, "vectors"))
 
 
 @router.get("/{name}", response_model=None)
 async def get_vector(name: ArtifactId, server: Server) -> Response:
     """Return one vector's card: where it came from, its layers and its calibration."""
-    return JSONResponse(_card(await run_in_threadpool(server.store.vector, name, param="id")))
+    return JSONResponse(vector_card(await run_in_threadpool(server.store.vector, name, param="id")))
 
 
 @router.get("/{name}/content", response_model=None)
@@ -67,21 +65,17 @@ async def put_vector(name: ArtifactId, server: Server, http: HttpRequest) -> Res
     vector, is_new = await uploaded(
         http, server, name=name, what="vector", read=_read, put=server.store.put_vector
     )
-    return JSONResponse(_card(vector), status_code=201 if is_new else 200)
+    return JSONResponse(vector_card(vector), status_code=201 if is_new else 200)
 
 
 @router.delete("/{name}", response_model=None, dependencies=[Depends(require_admin)])
 async def delete_vector(name: ArtifactId, server: Server) -> Response:
     """Remove a vector. Requests that run keep theirs."""
     await run_in_threadpool(server.store.delete_vector, name)
-    return deleted_response(name, kind=KIND)
+    return deleted_response(name, kind=VECTOR)
 
 
 def _read(data: bytes, name: str) -> VectorArtifact:
     if data[:4] == b"GGUF":
         return from_gguf(data, id=name, name=name)
     return from_bytes(data, name=name)
-
-
-def _card(vector: VectorArtifact) -> dict[str, Any]:
-    return {"object": KIND, **vector.card()}

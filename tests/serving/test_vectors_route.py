@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,15 @@ def test_stored_then_loaded_is_the_original(fake_served):
     listed = fake_served.http.get(VECTORS).json()
     assert listed["object"] == "list"
     assert "fresh" in [c["id"] for c in listed["data"]]
+
+
+def test_a_map_comes_with_the_card(fake_served):
+    """A page that cannot draw what the command line shows."""
+    found = {"layers": [[0], [1]], "scales": [1.0], "dose": 0.1, "effect": [[0.5], [None]],
+             "rise": [[0.01], [None]], "n_pairs": 8}  # fmt: skip
+    data = to_bytes(replace(toy_vector("mapped", seed=7), calibration={"map": found}))
+    assert put(fake_served, "mapped", data).json()["calibration"]["map"] == found
+    assert fake_served.http.get(f"{VECTORS}/mapped").json()["calibration"]["map"] == found
 
 
 def test_a_new_vector_steers_at_once_and_a_deleted_one_is_refused(fake_served):

@@ -356,8 +356,9 @@ def test_keys_guard_our_routes(
 ) -> None:
     """Catches routes that lie outside vLLM's own guard, or that let any user change vectors."""
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    assert plain.http.get("/v1/steering/vectors", headers=headers).status_code == read
-    assert plain.http.get("/v1/steering/methods", headers=headers).status_code == read
+    for route in ("vectors", "methods", "concepts", "similarities"):
+        answer = plain.http.get(f"/v1/steering/{route}", headers=headers)
+        assert answer.status_code == read, route
     name = f"/v1/steering/vectors/by-{key}"
     data = to_bytes(vector("x", ref, seed=5))
     assert plain.http.put(name, content=data, headers=headers).status_code == write

@@ -71,6 +71,18 @@ def test_uncalibrated(toy_folder, pairs_file, home):
     assert vector.description == "letters"
 
 
+def test_a_map_is_built_when_asked_for_and_shown(toy_folder, pairs_file, home, trimtab):
+    """Catches --map being ignored, its stage unnamed, or a table that cannot read it."""
+    done = build(toy_folder, pairs_file, "--map", "--id", "mapped")
+    assert done.code == 0, done.err
+    assert "Mapping layers and scales ..." in done.err
+    found = Store(model_folder(home, "toy")).vector("mapped").calibration["map"]
+    shown = trimtab("vectors", "show", "mapped", "--model", str(toy_folder))
+    rows = shown.out.partition("Map on")[2].splitlines()[2:]
+    assert len(rows) == len(found["layers"])
+    assert all(len(row.split()) == 1 + 2 * len(found["scales"]) for row in rows)
+
+
 def test_apply_prints_the_baseline_beside_each_scale(built, toy_folder, monkeypatch):
     """Catches an answer without its baseline, at another scale, or without its receipt."""
     monkeypatch.setenv("TRIMTAB_HOME", str(built[0]))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from cli_program import vector
 
-from trimtab.steering.vector import to_bytes
+from trimtab.steering.vector import VectorArtifact, to_bytes
 
 HOSTILE = ("../evil", "/etc/evil", "a/b", "..", "", "a\nb", ".hidden", "x" * 65)
 
@@ -40,6 +42,52 @@ def test_curve_marks_the_knee(trimtab, store):
     assert "█" not in effects[1][0]
     assert effects[3][2].count("█") > effects[2][2].count("█")
     assert chart[3].endswith(">")  # past the damage that is drawn
+
+
+MAP = {
+    "layers": [[1], [2], [1, 2]],
+    "scales": [-1.0, 4.0],
+    "dose": 0.0475,
+    "effect": [[-0.25, 0.5], [0.031, None], [0.0, 1.25]],
+    "rise": [[0.024, 0.071], [-0.004, None], [12.5, 2.446]],
+    "n_pairs": 8,
+}
+
+
+def mapped(name: str, found: Any) -> VectorArtifact:
+    plain = vector(name)
+    return replace(plain, calibration={**plain.calibration, "map": found})
+
+
+def test_a_map_is_shown_where_there_is_one(trimtab, store):
+    """Catches a map with rows and columns swapped, effect given as damage, an unmarked default, or
+    a vector without a map that can no longer be shown."""
+    store.put_vector(mapped("far", MAP))
+    store.put_vector(vector("plain"))
+    assert "Map" not in trimtab("vectors", "show", "plain").out
+    shown = trimtab("vectors", "show", "far").out.partition("Map on")[2].splitlines()
+    assert shown[0].split()[:5] == ["8", "pairs,", "dose", "0.048", "a"]
+    assert [line.split() for line in shown[1:]] == [
+        ["layers", "-1", "+4"],
+        ["1*", "-0.25", "+2%", "+0.50", "+7%"],
+        ["2", "+0.03", "+0%", "-", "-"],
+        ["1-2", "+0.00", ">999%", "+1.25", "+245%"],
+    ]
+    assert trimtab("vectors", "show", "far", "--json").json["calibration"]["map"] == MAP
+
+
+@pytest.mark.parametrize(
+    "found", [[], "map", {}, {**MAP, "effect": [[1.0]]}, {**MAP, "layers": [["a"], [2], [3]]},
+              {**MAP, "rise": [["x", 1], [1, 1], [1, 1]]}, {**MAP, "dose": None}],
+    ids=range(7),
+)  # fmt: skip
+def test_a_foreign_map_does_not_hide_the_rest(found, trimtab, store):
+    """Catches a file from elsewhere whose map ends `show` in a traceback."""
+    store.put_vector(mapped("odd", found))
+    done = trimtab("vectors", "show", "odd")
+    assert done.code == 0, done.err
+    assert "knee" in done.out
+    assert "not of trimtab's form" in done.err
 
 
 def test_an_empty_store_says_what_to_do(trimtab):

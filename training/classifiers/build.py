@@ -71,14 +71,14 @@ def build_classifier(
         code trains on a block's input and steers its output.
     """
     n_layers = len(host.profile.layers)
-    swept = sweep(n_layers) if layers is None else _checked(layers, n_layers)
+    swept = trained_layers(layers, n_layers)
     kept = swept if keep is None else tuple(sorted(set(keep)))
     if not kept or not set(kept) <= set(swept):
         raise DataError(f"Layers to keep, {list(kept)}, are not among those to train, {swept}.")
     recipe = Recipe(kind=kind, is_exclusive=is_exclusive, hidden=hidden, seed=seed)
     data.check(is_exclusive=is_exclusive, needs_answers=position != "last")
     labels = data.labels
-    _check_size(recipe, host.profile.ref.hidden_size, n_labels=len(labels), n_layers=len(kept))
+    check_size(recipe, host.profile.ref.hidden_size, n_labels=len(labels), n_layers=len(kept))
     split = data.split(seed=seed)
     answers = answers_of(host, data)
     places = [tokens_read(answer, position) for answer in answers]
@@ -168,15 +168,28 @@ def guided_layers(layers: Sequence[int], n_layers: int) -> tuple[int, ...]:
     return tuple(sorted(sorted(layers, key=lambda n: (abs(n - middle), -n))[:_N_GUIDED]))
 
 
-def _checked(layers: Sequence[int], n_layers: int) -> tuple[int, ...]:
+def trained_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+    """Return the layers to train at, ascending; those of `sweep` if none are named.
+
+    Raises:
+        DataError: the model has no such layer.
+    """
+    if layers is None:
+        return sweep(n_layers)
     wrong = [layer for layer in layers if not 0 <= layer < n_layers]
     if wrong or not layers:
-        raise DataError(f"There is no layer {wrong}; the model has 0 to {n_layers - 1}.")
+        raise DataError(
+            f"There is no layer {wrong}; the model has 0 to {n_layers - 1}.", param="layers"
+        )
     return tuple(sorted(set(layers)))
 
 
-def _check_size(recipe: Recipe, d: int, *, n_labels: int, n_layers: int) -> None:
-    """Refuse what could not be stored, before it is trained."""
+def check_size(recipe: Recipe, d: int, *, n_labels: int, n_layers: int) -> None:
+    """Refuse what could not be stored, before it is trained.
+
+    Raises:
+        DataError: it is larger than an artifact may be.
+    """
     first = n_labels if recipe.kind == "linear" else recipe.hidden
     n_bytes = 4 * n_layers * first * (d + recipe.hidden + n_labels + 3)
     if n_bytes > MAX_ARTIFACT_BYTES:

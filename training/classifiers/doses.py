@@ -109,6 +109,8 @@ def calibrate_doses(
                 f"Classifier {classifier.id!r} has no label {sorted(unknown)[0]!r}; it has "
                 f"{', '.join(classifier.labels)}."
             )
+    if progress is not None:
+        progress("finding doses", 0, len(wanted))
     coherence, prompts = _answerable(host, budget)
 
     def share(plan: Plan) -> float:

@@ -144,12 +144,14 @@ class ExampleSet:
             if needs_answers and not example.answer:
                 raise DataError(
                     f"{example.where or self.name} is a prompt without an answer; read its last "
-                    "token: position 'last'."
+                    "token: position 'last'.",
+                    param="position",
                 )
             if is_exclusive and len(example.labels) != 1:
                 raise DataError(
                     f"{example.where or self.name} has {len(example.labels)} labels; exactly one "
-                    "is expected where labels exclude one another. Train with --multi-label."
+                    "is expected where labels exclude one another. Train with --multi-label "
+                    "(is_exclusive false)."
                 )
 
     def split(self, *, seed: int) -> Split:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,45 @@ def read_texts(path: Path) -> ExampleSet:
     Raises:
         DataError: the file cannot be read, or a line is at fault (named).
     """
-    examples = []
-    for where, row in _rows(path):
-        text, prompt = _text(row, "text", where=where), _text(row, "prompt", where=where, least=0)
-        split = row.get("split")
-        if split not in (None, "build", "held"):
-            raise DataError(f"{where}: split is {split!r}; expected 'build' or 'held'.")
-        examples.append(
-            Example(
-                prompt=(("user", prompt),) if prompt else "",
-                answer=text,
-                labels=_labels(row, where=where),
-                group=prompt or text,
-                is_held=None if split is None else split == "held",
-                where=where,
-            )
+    return labelled_texts(_rows(path), name=path.name)
+
+
+def labelled_texts(rows: Iterable[tuple[str, Any]], *, name: str) -> ExampleSet:
+    """Return labelled texts from rows that are parsed already; see `read_texts` for what a row is.
+
+    Args:
+        rows: where each row stands, for messages, and the row.
+        name: what to call the data in an artifact.
+
+    Raises:
+        DataError: a row is at fault, its place and field in `param`.
+    """
+    return _set(name, [_labelled_text(row, where=where) for where, row in rows])
+
+
+def _labelled_text(row: Any, *, where: str) -> Example:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is not an object.", param=where)
+    text, prompt = _text(row, "text", where=where), _text(row, "prompt", where=where, least=0)
+    split = row.get("split")
+    if split not in (None, "build", "held"):
+        raise DataError(
+            f"{where}: split is {str(split)[:80]!r}; expected 'build' or 'held'.",
+            param=f"{where}.split",
         )
-    return _set(path.name, examples)
+    labels = _labels(row, where=where)
+    try:
+        return Example(
+            prompt=(("user", prompt),) if prompt else "",
+            answer=text,
+            labels=labels,
+            group=prompt or text,
+            is_held=None if split is None else split == "held",
+            where=where,
+        )
+    except DataError as error:
+        error.param = f"{where}.labels" if "labels" in row else f"{where}.label"
+        raise
 
 
 def read_instructions(instructions: Path, questions: Path) -> ExampleSet:
@@ -210,18 +232,24 @@ def _rows(
 def _text(row: dict[str, Any], key: str, *, where: str, least: int = 1) -> str:
     value = row.get(key, "" if least == 0 else None)
     if not isinstance(value, str) or (least and not value.strip()):
-        raise DataError(f"{where} has no text under {key!r}.")
+        raise DataError(f"{where} has no text under {key!r}.", param=f"{where}.{key}")
     if len(value) > MAX_CHARACTERS:
-        raise DataError(f"{where}: {key!r} has {len(value)} characters, over {MAX_CHARACTERS}.")
+        raise DataError(
+            f"{where}: {key!r} has {len(value)} characters, over {MAX_CHARACTERS}.",
+            param=f"{where}.{key}",
+        )
     return value
 
 
 def _labels(row: dict[str, Any], *, where: str) -> tuple[str, ...]:
     if ("label" in row) == ("labels" in row):
-        raise DataError(f"{where} needs either a 'label' or a list of 'labels'.")
+        raise DataError(
+            f"{where} needs either a 'label' or a list of 'labels'.", param=f"{where}.label"
+        )
     given = row["labels"] if "labels" in row else [row["label"]]
     if not isinstance(given, list) or not all(isinstance(label, str) for label in given):
-        raise DataError(f"{where}: a label is a text, `labels` a list of them.")
+        param = f"{where}.labels" if "labels" in row else f"{where}.label"
+        raise DataError(f"{where}: a label is a text, `labels` a list of them.", param=param)
     return tuple(given)
 
 

@@ -12,7 +12,7 @@ from trimtab.steering.errors import DataError
 from trimtab.training.calibration import Progress
 from trimtab.training.scoring import Answer
 from trimtab.training.steered_model import SteeredModel
-from trimtab.training.vectors.activations import each_answer
+from trimtab.training.vectors.activations import States, each_answer
 
 Position = Literal["last", "answer", "both"]
 POSITIONS: tuple[str, ...] = get_args(Position)
@@ -97,9 +97,13 @@ def read_rows(
         starts.append(starts[-1] + len(text))
     # Made outside inference mode: training has to be able to keep it for its backward pass.
     states = torch.zeros(starts[-1], len(layers), host.profile.ref.hidden_size)
-    for i, found in each_answer(host, answers, layers=layers, progress=progress):
-        for k, layer in enumerate(layers):
-            states[starts[i] : starts[i + 1], k] = found[layer][list(places[i])].float().cpu()
+
+    def read(i: int, found: States) -> torch.Tensor:
+        chosen = [found[layer][list(places[i])].float().cpu() for layer in layers]
+        return torch.stack(chosen, dim=1)
+
+    for i, found in each_answer(host, answers, layers=layers, read=read, progress=progress):
+        states[starts[i] : starts[i + 1]] = found
     owner = torch.repeat_interleave(
         torch.arange(len(places)), torch.tensor([len(text) for text in places])
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from trimtab.steering.errors import DataError
 from trimtab.steering.model.hooks import captured
 from trimtab.training.scoring import Answer
-from trimtab.training.steered_model import SteeredModel, batches
+from trimtab.training.steered_model import SteeredModel
+
+T = TypeVar("T")
+States = Mapping[int, torch.Tensor]
+"""Layer -> states of one text's tokens, `[at least its tokens, hidden_size]`."""
 
 Position = str | int
 """`last` (the answer's last token before its end mark), `mean` (over the answer) or an index into
@@ -32,7 +37,6 @@ def parse_position(text: str) -> Position:
         ) from None
 
 
-@torch.inference_mode()
 def hidden_states(
     host: SteeredModel,
     answers: Sequence[Answer],
@@ -53,40 +57,67 @@ def hidden_states(
     """
     n_layers = len(host.profile.layers)
     result = torch.zeros(len(answers), n_layers, host.profile.ref.hidden_size)
-    for i, states in each_answer(host, answers, layers=range(n_layers), progress=progress):
-        tokens = _tokens(answers[i], position)
-        for layer in range(n_layers):
-            result[i, layer] = states[layer][tokens].float().mean(0).cpu()
+    tokens = [tokens_at(answer, position) for answer in answers]
+
+    def mean(i: int, states: States) -> torch.Tensor:
+        read = [states[layer][tokens[i]].float().mean(0).cpu() for layer in range(n_layers)]
+        return torch.stack(read)
+
+    layers = range(n_layers)
+    for i, state in each_answer(host, answers, layers=layers, read=mean, progress=progress):
+        result[i] = state
     return result
 
 
-@torch.inference_mode()
 def each_answer(
     host: SteeredModel,
     answers: Sequence[Answer],
     *,
     layers: Sequence[int],
+    read: Callable[[int, States], T],
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[tuple[int, dict[int, torch.Tensor]]]:
-    """Yield (number of the answer, layer -> its tokens' states), texts of similar length together.
+) -> Iterator[tuple[int, T]]:
+    """Yield (number of the answer, what was read of it), texts of similar length together.
 
-    States are `[at least its tokens, hidden_size]`, outputs of those decoder layers on the model's
-    device in its dtype, and live until the next step.
+    Args:
+        host: the model, unsteered.
+        answers: texts as tokens.
+        layers: decoder layers whose outputs are read.
+        read: takes an answer's number and its tokens' states, on the model's device in its dtype,
+            and returns what is wanted of them. It is part of the piece that runs the model: the
+            states are gone when that ends.
+        progress: called with texts done and in all.
     """
     done = 0
-    for group in batches([len(a.ids) for a in answers]):
-        rows = [answers[i] for i in group]
-        with captured(host.profile.layers, layers) as states:
-            host.model.base_model(input_ids=host.pad([r.ids for r in rows]), use_cache=False)
-        for r, i in enumerate(group):
-            yield i, {layer: states[layer][r] for layer in layers}
-        states.clear()
+    for group in host.batches([len(a.ids) for a in answers]):
+        yield from zip(group, _read(host, answers, group, layers, read), strict=True)
         done += len(group)
         if progress is not None:
             progress(done, len(answers))
 
 
-def _tokens(answer: Answer, position: Position) -> slice:
+def _read(
+    host: SteeredModel,
+    answers: Sequence[Answer],
+    group: Sequence[int],
+    layers: Sequence[int],
+    read: Callable[[int, States], T],
+) -> list[T]:
+    def work() -> list[T]:
+        ids = host.pad([answers[i].ids for i in group])
+        with captured(host.profile.layers, layers) as states:
+            host.model.base_model(input_ids=ids, use_cache=False)
+        return [read(i, {n: states[n][r] for n in layers}) for r, i in enumerate(group)]
+
+    return host.run(work)
+
+
+def tokens_at(answer: Answer, position: Position) -> slice:
+    """Return which tokens of an answer are read.
+
+    Raises:
+        DataError: the answer is too short for the index.
+    """
     first, end = answer.n_prompt, len(answer.ids) - answer.n_end
     if position == "mean":
         return slice(first, end)

@@ -37,13 +37,7 @@ def pairs_from_descriptions(
     Raises:
         DataError: descriptions empty, equal or too long; or too few distinct pairs.
     """
-    for text in (preferred, dispreferred):
-        if not text.strip() or len(text) > MAX_DESCRIPTION:
-            raise DataError(
-                f"A description needs 1 to {MAX_DESCRIPTION} characters, got {text[:40]!r}."
-            )
-    if preferred.strip() == dispreferred.strip():
-        raise DataError("The two descriptions are the same; nothing can be told apart.")
+    check_descriptions(host.tokenizer, preferred, dispreferred)
     questions = [(q, False) for q in neutral_questions()]
     questions += [(q, True) for q in neutral_questions(split="held")]
     styles = (preferred, dispreferred)
@@ -66,9 +60,29 @@ def pairs_from_descriptions(
     return PairSet(f"{preferred} against {dispreferred}", tuple(pairs), n_dropped)
 
 
-def _prompt(tokenizer: Any, style: str, question: str) -> list[int]:
+def check_descriptions(tokenizer: Any, preferred: str, dispreferred: str) -> None:
+    """Refuse descriptions, or a model, that no pairs can come from.
+
+    Raises:
+        DataError: one is empty or too long, both are equal, or the model has no chat template.
+    """
+    for param, text in (("describe", preferred), ("against", dispreferred)):
+        if not text.strip() or len(text) > MAX_DESCRIPTION:
+            raise DataError(
+                f"A description needs 1 to {MAX_DESCRIPTION} characters, got {text[:40]!r}.",
+                param=param,
+            )
+    if preferred.strip() == dispreferred.strip():
+        raise DataError(
+            "The two descriptions are the same; nothing can be told apart.", param="against"
+        )
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError("Building from descriptions needs a model with a chat template.")
+        raise DataError(
+            "Building from descriptions needs a model with a chat template.", param="describe"
+        )
+
+
+def _prompt(tokenizer: Any, style: str, question: str) -> list[int]:
     ids: list[int] = tokenizer.apply_chat_template(
         [{"role": "user", "content": f"Answer in a way that is {style}.\n{question}"}],
         add_generation_prompt=True,

@@ -14,7 +14,7 @@ from trimtab.attribution.objective import Objective
 from trimtab.attribution.problem import Problem
 from trimtab.attribution.prompt import Prompt, prompt_from_messages, prompt_from_text
 from trimtab.attribution.subject import Subject
-from trimtab.steering.errors import DataError
+from trimtab.steering.errors import DataError, NotFoundError
 from trimtab.training.scoring import answer_of
 from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.masked_prompts import last_states
@@ -68,7 +68,11 @@ class Grains:
 
     def __post_init__(self) -> None:
         if self.attribution not in (AUTO, RANDOM):
-            registry.make(self.attribution)
+            try:
+                registry.make(self.attribution)
+            except NotFoundError as error:
+                error.param = "params.attribution"
+                raise
         if self.k < 1:
             raise DataError(f"Option 'k' is {self.k}; expected 1 or more.", param="params.k")
         for name, known in (
@@ -81,6 +85,20 @@ class Grains:
                 raise DataError(
                     f"Option {name!r} is {value!r}; expected one of {', '.join(known)}.",
                     param=f"params.{name}",
+                )
+
+    def check(self, pairs: Sequence[Pair]) -> None:
+        """Refuse pairs without a prompt, of which there is nothing to attribute.
+
+        Raises:
+            DataError: naming the first.
+        """
+        for pair in pairs:
+            if not pair.prompt.strip():
+                raise DataError(
+                    "Method 'grains' attributes prompts, and the pair whose preferred text begins "
+                    f"{pair.preferred[:60]!r} has none. Give pairs with a prompt, or use another "
+                    "method."
                 )
 
     def find(
@@ -96,14 +114,8 @@ class Grains:
             DataError: a pair without a prompt, or no prompt with tokens of both signs.
             AttributionError: the attribution or the mask cannot be used on this model.
         """
-        for pair in pairs:
-            if not pair.prompt.strip():
-                raise DataError(
-                    "Method 'grains' attributes prompts, and the pair whose preferred text begins "
-                    f"{pair.preferred[:60]!r} has none. Give pairs with a prompt, or use another "
-                    "method."
-                )
-        subject = Subject(host.loaded, host.profile)
+        self.check(pairs)
+        subject = host.subject
         chance = torch.Generator().manual_seed(0)
         differences: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for n, pair in enumerate(pairs):
@@ -115,7 +127,7 @@ class Grains:
             both = strongest(prompt, scores, self.k)
             if both[0]:
                 answers = objective_of(host, pair).answers if self.read == "answer" else ()
-                states = last_states(subject, prompt, [(), *both], mask=self.mask, answers=answers)
+                states = self._states(host, prompt, [(), *both], answers)
                 for rows, state in zip(differences, states[1:], strict=True):
                     rows.append(states[0] - state)
             if progress is not None:
@@ -127,6 +139,29 @@ class Grains:
             )
         toward, away = (component_of(torch.stack(rows), self.component) for rows in differences)
         return toward - away
+
+    def _states(
+        self,
+        host: SteeredModel,
+        prompt: Prompt,
+        masked: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+    ) -> torch.Tensor:
+        n_tokens = len(prompt.tokens) + sum(map(len, answers))
+        n_rows = host.rows_at_once(n_tokens, most=len(masked))
+        groups = [masked[at : at + n_rows] for at in range(0, len(masked), n_rows)]
+        found = [
+            last_states(
+                host.subject,
+                prompt,
+                group,
+                mask=self.mask,
+                answers=answers,
+                slices=host.slices,
+            )
+            for group in groups
+        ]
+        return torch.cat(found)
 
 
 def prompt_of(host: SteeredModel, text: str) -> Prompt:
@@ -167,7 +202,13 @@ def token_scores(host: SteeredModel, subject: Subject, pair: Pair, method: str) 
         preferred.ids[preferred.n_prompt :], dispreferred.ids[dispreferred.n_prompt :]
     )
     how = registry.make(default_method(subject) if method == AUTO else method)
-    problem = Problem(subject, prompt_of(host, pair.prompt), objective, baseline=_BASELINE)
+    problem = Problem(
+        subject,
+        prompt_of(host, pair.prompt),
+        objective,
+        baseline=_BASELINE,
+        slices=host.slices,
+    )
     return how.explain(problem).values.cpu()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from sklearn.linear_model import LogisticRegression
+
+from trimtab.steering.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,17 @@ class Logistic:
 
     c: float = 0.1
 
-    def fit(self, preferred: torch.Tensor, dispreferred: torch.Tensor) -> torch.Tensor:
+    def __post_init__(self) -> None:
+        if not 0 < self.c < float("inf"):
+            raise DataError(f"Option 'c' is {self.c}; expected a number over 0.", param="params.c")
+
+    def fit(
+        self,
+        preferred: torch.Tensor,
+        dispreferred: torch.Tensor,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
         """Return the probes' weights in hidden space, `[n_layers, d]`, float32."""
         labels = [1] * len(preferred) + [0] * len(dispreferred)
         directions = []
@@ -34,4 +47,6 @@ class Logistic:
             probe = LogisticRegression(C=self.c, max_iter=1000)
             probe.fit((x / scale).numpy(), labels)
             directions.append(torch.from_numpy(probe.coef_[0]) / scale)
+            if progress is not None:
+                progress(len(directions), preferred.shape[1])
         return torch.stack(directions).float()

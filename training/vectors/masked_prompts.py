@@ -12,12 +12,12 @@ from trimtab.attribution import tree
 from trimtab.attribution.baselines import baseline_row
 from trimtab.attribution.errors import AttributionError
 from trimtab.attribution.prompt import Prompt
+from trimtab.attribution.slices import Slices, directly
 from trimtab.attribution.subject import Subject
 from trimtab.attribution.tree import Tree, Trunk
 from trimtab.steering.model.hooks import captured
 
 
-@torch.inference_mode()
 def last_states(
     subject: Subject,
     prompt: Prompt,
@@ -25,6 +25,7 @@ def last_states(
     *,
     mask: str,
     answers: Sequence[Sequence[int]] = (),
+    slices: Slices = directly,
 ) -> torch.Tensor:
     """Return each variant's hidden states at the prompt's last token, or over its answers.
 
@@ -38,6 +39,7 @@ def last_states(
             other token attends to it.
         answers: tokens of answers that follow the prompt, each on its own. With any, the mean over
             each answer's tokens is taken, and the mean of those.
+        slices: where each pass of the model runs.
 
     Returns:
         `[n_variants, n_layers, d_model]`, float32, on the CPU.
@@ -64,20 +66,20 @@ def last_states(
     tails = [subject.embeddings(a).expand(len(masked), -1, -1) for a in answers]
     if not can_hide:
         tails = tails or [rows[:, :0]]
-        each = [_read(subject, torch.cat([rows, tail], dim=1), None) for tail in tails]
+        each = [_read(subject, torch.cat([rows, tail], dim=1), None, slices) for tail in tails]
         return torch.stack([_after(x, rows.shape[1]) for x in each]).mean(0)
     # What stands before the first word is the same in every variant.
     n_before = prompt.content[0]
     trunk = Trunk()
     if n_before:
         at = Tree(trunk, n_before, (), subject.device, keeps=True)
-        _read(subject, embeddings[None, :n_before], at)
+        _read(subject, embeddings[None, :n_before], at, slices)
         trunk.n_tokens = n_before
     n_stem = rows.shape[1] - n_before
     hidden = is_masked[:, n_before:] if mask == "drop" else None
     lengths = [tail.shape[1] for tail in tails]
     at = Tree(trunk, n_stem, tuple(lengths), subject.device, hidden=hidden)
-    states = _read(subject, torch.cat([rows[:, n_before:], *tails], dim=1), at)
+    states = _read(subject, torch.cat([rows[:, n_before:], *tails], dim=1), at, slices)
     stem, *branches = states.split([n_stem, *lengths], dim=2)
     return torch.stack([x.mean(2) for x in branches]).mean(0) if branches else stem[:, :, -1]
 
@@ -88,14 +90,18 @@ def _after(states: torch.Tensor, n_prompt: int) -> torch.Tensor:
     return after.mean(2) if after.shape[2] else states[:, :, -1]
 
 
-def _read(subject: Subject, rows: torch.Tensor, at: Tree | None) -> torch.Tensor:
+def _read(subject: Subject, rows: torch.Tensor, at: Tree | None, slices: Slices) -> torch.Tensor:
     """Return all hidden states, `[n_rows, n_layers, n_tokens, d_model]`, float32, on the CPU."""
     n_layers = len(subject.layers)
-    with ExitStack() as stack:
-        where: dict[str, Any] = {}
-        if at is not None:
-            stack.enter_context(tree.attending(subject.configs, at))
-            where["position_ids"] = at.positions()
-        states = stack.enter_context(captured(subject.layers, range(n_layers)))
-        subject.model.base_model(inputs_embeds=rows.to(subject.dtype), use_cache=False, **where)
-    return torch.stack([states[layer].float().cpu() for layer in range(n_layers)], dim=1)
+
+    def work() -> torch.Tensor:
+        with torch.inference_mode(), ExitStack() as stack:
+            where: dict[str, Any] = {}
+            if at is not None:
+                stack.enter_context(tree.attending(subject.configs, at))
+                where["position_ids"] = at.positions()
+            states = stack.enter_context(captured(subject.layers, range(n_layers)))
+            subject.model.base_model(inputs_embeds=rows.to(subject.dtype), use_cache=False, **where)
+        return torch.stack([states[layer].float().cpu() for layer in range(n_layers)], dim=1)
+
+    return slices(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,13 @@ class MassMean:
     Differs: the covariance is shrunk (Ledoit-Wolf), since there are fewer pairs than dimensions.
     """
 
-    def fit(self, preferred: torch.Tensor, dispreferred: torch.Tensor) -> torch.Tensor:
+    def fit(
+        self,
+        preferred: torch.Tensor,
+        dispreferred: torch.Tensor,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
         """Return the tilted directions, `[n_layers, d]`, float32."""
         difference = (preferred - dispreferred).mean(0)
         within = torch.cat([preferred - preferred.mean(0), dispreferred - dispreferred.mean(0)])
@@ -27,4 +34,6 @@ class MassMean:
             covariance = LedoitWolf(assume_centered=True).fit(within[:, layer].numpy()).covariance_
             matrix = torch.from_numpy(covariance).double()
             directions.append(torch.linalg.solve(matrix, difference[layer].double()))
+            if progress is not None:
+                progress(len(directions), within.shape[1])
         return torch.stack(directions).float()

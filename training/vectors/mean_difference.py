@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,12 @@ class MeanDifference:
     default the mean over a written answer.
     """
 
-    def fit(self, preferred: torch.Tensor, dispreferred: torch.Tensor) -> torch.Tensor:
+    def fit(
+        self,
+        preferred: torch.Tensor,
+        dispreferred: torch.Tensor,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
         """Return mean(preferred) - mean(dispreferred), `[n_layers, d]`, float32."""
         return (preferred - dispreferred).mean(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -110,7 +110,7 @@ def concept(name: str) -> PairSet:
         )
     folder = resources.files("trimtab.training.vectors") / "concepts"
     lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return _pair_set(lines, name=name)
+    return pair_set(_parsed(lines, name=name), name=name)
 
 
 def read_pairs(path: Path, *, name: str | None = None) -> PairSet:
@@ -127,14 +127,23 @@ def read_pairs(path: Path, *, name: str | None = None) -> PairSet:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
-    return _pair_set(lines, name=name or path.name)
+    name = name or path.name
+    return pair_set(_parsed(lines, name=name), name=name)
 
 
-def _pair_set(lines: Iterable[str], *, name: str) -> PairSet:
+def pair_set(given: Iterable[tuple[str, Any]], *, name: str) -> PairSet:
+    """Return pairs from rows that are parsed already; see `read_pairs` for what a row is.
+
+    Args:
+        given: where each row stands, for messages, and the row.
+        name: what to call the data in an artifact.
+
+    Raises:
+        DataError: a row is at fault, its place and field in `param`, or there is too little.
+    """
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            rows.append(_row(line, where=f"{name}:{number}"))
+    for where, row in given:
+        rows.append(_row(row, where=where))
         if len(rows) > MAX_PAIRS:
             raise DataError(f"{name} has more than {MAX_PAIRS} pairs.")
     stated = {row["split"] for row in rows}
@@ -157,34 +166,49 @@ def _is_held(row: dict[str, Any]) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] % 3 == 0
 
 
-def _row(line: str, *, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not valid JSON: {error}.") from None
+def _parsed(lines: Iterable[str], *, name: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{name}:{number}"
+            try:
+                yield where, json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where} is not valid JSON: {error}.") from None
+
+
+def _row(row: Any, *, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{where} is not an object.")
+        raise DataError(f"{where} is not an object.", param=where)
+    keys = ("prompt", "preferred", "dispreferred")
     if "positive" in row or "negative" in row:
-        row = {
-            "prompt": "",
-            "preferred": row.get("positive"),
-            "dispreferred": row.get("negative"),
-            "split": row.get("split"),
-        }
-    result: dict[str, Any] = {}
-    for key in ("prompt", "preferred", "dispreferred"):
-        value = row.get(key)
+        row = {**row, "prompt": ""}
+        keys = ("prompt", "positive", "negative")
+    texts = []
+    for key in keys:
+        value, param = row.get(key), f"{where}.{key}"
         if not isinstance(value, str) or (key != "prompt" and not value.strip()):
             raise DataError(
-                f"{where} has no text under {key!r}; a line is "
-                '{"prompt", "preferred", "dispreferred"} or {"positive", "negative"}.'
+                f"{where} has no text under {key!r}; a row is "
+                '{"prompt", "preferred", "dispreferred"} or {"positive", "negative"}.',
+                param=param,
             )
         if len(value) > MAX_CHARACTERS:
-            raise DataError(f"{where}: {key!r} has {len(value)} characters, over {MAX_CHARACTERS}.")
-        result[key] = value
-    if result["preferred"] == result["dispreferred"]:
-        raise DataError(f"{where} has the same text on both sides.")
-    result["split"] = row.get("split")
-    if result["split"] not in (None, "build", "held"):
-        raise DataError(f"{where}: split is {row['split']!r}; expected 'build' or 'held'.")
-    return result
+            raise DataError(
+                f"{where}: {key!r} has {len(value)} characters, over {MAX_CHARACTERS}.", param=param
+            )
+        texts.append(value)
+    prompt, preferred, dispreferred = texts
+    if preferred == dispreferred:
+        raise DataError(f"{where} has the same text on both sides.", param=f"{where}.{keys[2]}")
+    split = row.get("split")
+    if split not in (None, "build", "held"):
+        raise DataError(
+            f"{where}: split is {str(split)[:80]!r}; expected 'build' or 'held'.",
+            param=f"{where}.split",
+        )
+    return {
+        "prompt": prompt,
+        "preferred": preferred,
+        "dispreferred": dispreferred,
+        "split": split,
+    }

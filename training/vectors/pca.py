@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +35,17 @@ class PCA:
     def __post_init__(self) -> None:
         if self.pairing not in PAIRINGS:
             raise DataError(
-                f"Option 'pairing' is {self.pairing!r}; expected one of {', '.join(PAIRINGS)}."
+                f"Option 'pairing' is {self.pairing!r}; expected one of {', '.join(PAIRINGS)}.",
+                param="params.pairing",
             )
 
-    def fit(self, preferred: torch.Tensor, dispreferred: torch.Tensor) -> torch.Tensor:
+    def fit(
+        self,
+        preferred: torch.Tensor,
+        dispreferred: torch.Tensor,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
         """Return unit directions, `[n_layers, d]`, float32."""
         difference = preferred - dispreferred
         if self.pairing == "center":
@@ -48,13 +56,12 @@ class PCA:
             signs = torch.ones(len(difference))
             signs[1::2] = -1
             rows = difference * signs[:, None, None]
-        directions = torch.stack(
-            [
-                torch.from_numpy(
-                    SkPCA(n_components=1, random_state=0).fit(x.numpy()).components_[0]
-                )
-                for x in rows.unbind(1)
-            ]
-        ).float()
+        components = []
+        for x in rows.unbind(1):
+            fitted = SkPCA(n_components=1, random_state=0).fit(x.numpy())
+            components.append(torch.from_numpy(fitted.components_[0]))
+            if progress is not None:
+                progress(len(components), rows.shape[1])
+        directions = torch.stack(components).float()
         toward = torch.einsum("nld,ld->l", difference, directions)
         return torch.where(toward < 0, -1.0, 1.0).unsqueeze(1) * directions

@@ -27,12 +27,20 @@ _REGISTRY = Registry(METHODS, ALIASES)
 class StateMethod(Protocol):
     """Finds one direction a layer from contrasted hidden states. A frozen dataclass of options."""
 
-    def fit(self, preferred: torch.Tensor, dispreferred: torch.Tensor) -> torch.Tensor:
+    def fit(
+        self,
+        preferred: torch.Tensor,
+        dispreferred: torch.Tensor,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
         """Return directions toward `preferred`, `[n_layers, d]`, float32, of any length.
 
         Args:
             preferred: hidden states, `[n, n_layers, d]`, float32.
             dispreferred: the same pairs' other side, the same shape.
+            progress: called with layers done and in all, by methods that take their time; what it
+                raises ends the fit.
         """
         ...
 
@@ -40,6 +48,14 @@ class StateMethod(Protocol):
 @runtime_checkable
 class ModelMethod(Protocol):
     """Finds one direction a layer by asking the model. A frozen dataclass of options."""
+
+    def check(self, pairs: Sequence[Pair]) -> None:
+        """Refuse, before the model is asked, pairs the method can learn nothing from.
+
+        Raises:
+            DataError: saying which and why.
+        """
+        ...
 
     def find(
         self,

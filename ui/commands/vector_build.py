@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     examples=(
         "trimtab vectors build --concept optimistic",
         "trimtab vectors build --pairs my_pairs.jsonl --id mine --method pca",
+        "trimtab vectors build --concept warm --map",
         'trimtab vectors build --describe "warm and kind" --against "cold and distant" --id warm',
     ),
 )
@@ -61,6 +62,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Measure effect and damage to choose layers and the unit of scale.",
 )
+@click.option(
+    "--map/--no-map",
+    "is_mapped",
+    default=False,
+    show_default=True,
+    help="Measure other layers and scales as well, for `show`; more than doubles the time.",
+)
 @click.option("--description", default="", metavar="TEXT", help="A sentence for people.")
 @click.option("--overwrite", is_flag=True, help="Replace a vector of the same id.")
 @model_option
@@ -75,6 +83,7 @@ def build(
     options: dict[str, str],
     position: str,
     calibrate: bool,
+    is_mapped: bool,
     description: str,
     overwrite: bool,
     model: str,
@@ -90,6 +99,10 @@ def build(
         raise click.UsageError("Give one of --concept, --pairs, or --describe with --against.")
     if (describe is None) != (against is None):
         raise click.UsageError("--describe and --against go together.")
+    if is_mapped and not calibrate:
+        raise click.UsageError(
+            "--map shows multiples of the calibrated dose: leave out --no-calibrate."
+        )
     name = vector_id or concept_name or (pairs_file.stem if pairs_file else None)
     if name is None:
         raise click.UsageError("A vector built from a description needs a name: give --id.")
@@ -136,6 +149,7 @@ def build(
             options=options,
             position=where,
             is_calibrated=calibrate,
+            is_mapped=is_mapped,
             description=description,
             progress=lambda name, done, total: stage(name.capitalize(), done, total),
         )
@@ -175,25 +189,13 @@ def _pairs(concept_name: str | None, file: Path | None) -> PairSet | None:
 @json_option
 def concepts(as_json: bool) -> None:
     """List the bundled data sets that vectors can be built from."""
-    from trimtab.training.vectors import pairs
+    from trimtab.training.bundled_sets import vector_concepts
 
-    found: list[dict[str, Any]] = []
-    for name in pairs.concepts():
-        data = pairs.concept(name)
-        example = data.build[0]
-        found.append(
-            {
-                "id": name,
-                "build": len(data.build),
-                "held": len(data.held),
-                "preferred": example.preferred,
-                "dispreferred": example.dispreferred,
-            }
-        )
+    found = vector_concepts()
     if as_json:
         out_json(found)
         return
-    rows = [(c["id"], c["build"], c["held"], _start(c["preferred"])) for c in found]
+    rows = [(c["id"], c["n_build"], c["n_held"], _start(c["example"]["preferred"])) for c in found]
     out(table(("concept", "build", "held", "a preferred text"), rows))
     next_steps(f"trimtab vectors build --concept {found[0]['id']}")
 

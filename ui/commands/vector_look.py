@@ -64,7 +64,10 @@ def _row(vector: VectorArtifact) -> tuple[str, ...]:
 @model_option
 @json_option
 def show(vector_id: str, model: str, as_json: bool) -> None:
-    """Show where a vector comes from, and draw its calibration: effect against damage."""
+    """Show where a vector comes from, and draw its calibration: effect against damage.
+
+    A vector that was built with --map shows other layers and scales as well.
+    """
     vector = store_of(model).vector(vector_id)
     card = vector.card()
     if as_json:
@@ -78,9 +81,25 @@ def show(vector_id: str, model: str, as_json: bool) -> None:
 
         out()
         out(curve_chart(vector.calibration))
+        if "map" in vector.calibration:
+            _show_map(vector)
     else:
         say("Not calibrated: scale 1.0 is the direction's raw length.")
     next_steps(_try_it(vector_id, model))
+
+
+def _show_map(vector: VectorArtifact) -> None:
+    from trimtab.ui.map_table import map_table
+
+    assert vector.calibration is not None  # the map is part of it
+    try:
+        text = map_table(vector.calibration["map"], default=list(vector.default_layers))
+    # A calibration is plain JSON that an imported file may fill with anything.
+    except (KeyError, TypeError, ValueError, AttributeError):
+        say("Its map is not of trimtab's form; --json shows it. Build the vector again with --map.")
+        return
+    out()
+    out(text)
 
 
 def _facts(vector: VectorArtifact) -> dict[str, str]:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import click
 
-from trimtab.ui.commands import vector_build, vector_files, vector_hub, vector_look
+from trimtab.ui.commands import (
+    vector_build,
+    vector_compare,
+    vector_files,
+    vector_hub,
+    vector_look,
+)
 from trimtab.ui.help_page import HelpfulGroup
 
 
@@ -27,6 +33,7 @@ for _command in (
     vector_look.list_,
     vector_look.show,
     vector_look.apply,
+    vector_compare.compare,
     vector_files.export,
     vector_files.import_,
     vector_files.delete,

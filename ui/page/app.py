@@ -18,6 +18,7 @@ from trimtab.ui.heat_map import style as heat_map_style
 from trimtab.ui.page.api import Api
 from trimtab.ui.page.chat_tab import ChatTab
 from trimtab.ui.page.mount import PATH
+from trimtab.ui.page.shell import Shell
 from trimtab.ui.page.visitor import Visitors
 from trimtab.ui.page.welcome import Welcome
 from trimtab.ui.page.why_tab import WhyTab
@@ -27,11 +28,6 @@ _STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 # Fonts that are there: none is fetched.
 _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 _MONO = ["ui-monospace", "SFMono-Regular", "Consolas", "monospace"]
-# No file of ours, no request: the icon is in the link itself.
-_HEAD = (
-    '<link rel="icon" href="data:image/svg+xml,<svg xmlns=\'http://www.w3.org/2000/svg\' '
-    "viewBox='0 0 16 16'><path d='M2 12L14 3v9z' fill='%230b63ce'/></svg>\">"
-)
 
 
 def page(visitors: Visitors) -> gr.Blocks:
@@ -80,7 +76,6 @@ def page_app(api: Api) -> FastAPI:
         path=PATH,
         theme=gr.themes.Base(font=_FONT, font_mono=_MONO, primary_hue="blue", neutral_hue="slate"),
         css=_STYLE + heat_map_style(),
-        head=_HEAD,
         footer_links=[],
         run_history=False,
         ssr_mode=False,
@@ -100,4 +95,5 @@ def page_app(api: Api) -> FastAPI:
                 await api.close()
 
     app.router.lifespan_context = closing
+    app.add_middleware(Shell)
     return app

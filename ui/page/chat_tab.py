@@ -23,7 +23,7 @@ from trimtab.ui.page.snippets import as_curl, as_json, as_python, request_body
 from trimtab.ui.page.visitor import Visitor, Visitors
 
 _PANEL_SCRIPT = (Path(__file__).parent / "steering_panel.js").read_text(encoding="utf-8")
-_PROMPT = "How will my first day at my new job go?"
+_PROMPT = "What will our town be like in fifty years?"
 _MAX_TURNS = 40
 
 
@@ -39,8 +39,8 @@ class ChatTab:
 
     def __init__(self, visitors: Visitors) -> None:
         self.visitors = visitors
-        with gr.Row():
-            with gr.Column(scale=1, min_width=280):
+        with gr.Row(elem_id="chat"):
+            with gr.Column(scale=1, min_width=280, elem_id="chat-choices"):
                 self.panel = gr.HTML(
                     {},
                     html_template='<div class="tt-panel"></div>',
@@ -48,8 +48,10 @@ class ChatTab:
                     catalogue=None,
                     elem_id="steering-panel",
                 )
-                with gr.Accordion("Sampling", open=False):
-                    self.max_tokens = gr.Number(128, label="Longest answer, tokens", precision=0)
+                with gr.Accordion("Sampling", open=False, elem_id="sampling"):
+                    self.max_tokens = gr.Number(
+                        128, label="Longest answer, tokens", precision=0, elem_id="max-tokens"
+                    )
                     self.temperature = gr.Number(0.0, label="Temperature", step=0.1)
                     self.seed = gr.Number(None, label="Seed (empty: drawn)", precision=0)
             with gr.Column(scale=3, min_width=320):
@@ -81,7 +83,9 @@ class ChatTab:
                     allow_custom_value=True,
                 )
                 self.legend = gr.HTML("")
-                with gr.Accordion("These settings: share, save, copy", open=False):
+                with gr.Accordion(
+                    "These settings: share, save, copy", open=False, elem_id="settings"
+                ):
                     self.share = gr.HTML("", elem_id="share")
                     with gr.Row(equal_height=True):
                         self.preset_name = gr.Textbox(
@@ -222,7 +226,7 @@ class ChatTab:
         again: Turn | None = None,
     ) -> AsyncIterator[list[Any]]:
         try:
-            settings = settings_of(prompt, *choices)
+            settings = read_by(settings_of(prompt, *choices), colour)
             model = await visitor.model()
             receipt = await check(visitor.api, settings, model)
         except TrimtabError as error:
@@ -277,7 +281,10 @@ class ChatTab:
                 for piece in turn.side(side).pieces[:1]:
                     labels |= {name: list(read) for name, read in piece.readings.items()}
         names = {name: found for name, found in labels.items() if len(found) > 1}
-        return [conversation_html(visitor.chat, colour=colour), legend_html(colour, names)]
+        legend = legend_html(colour, names)
+        if colour not in (PLAIN, SURPRISE) and colour not in labels:
+            legend = note(f"{colour} is read from the next answer on.")
+        return [conversation_html(visitor.chat, colour=colour), legend]
 
     async def _saved(self, request: gr.Request, name: str, *choices: Any) -> list[Any]:
         visitor = self.visitors.of(request)
@@ -310,6 +317,13 @@ def settings_of(
             "seed": None if seed is None else int(seed),
         }
     )
+
+
+def read_by(settings: RunSettings, colour: str) -> RunSettings:
+    """Return the settings with the probe read that the tokens are coloured by."""
+    if colour in (PLAIN, SURPRISE, *settings.probes):
+        return settings
+    return read_settings(settings.model_dump() | {"probes": [*settings.probes[:7], colour]})
 
 
 def panel_value(settings: RunSettings) -> dict[str, Any]:

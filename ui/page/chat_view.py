@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from trimtab.ui.page.conversation import SIDES, Answer, Conversation, Piece, Turn
+from trimtab.ui.page.plain_text import plain
 from trimtab.ui.receipt_line import receipt_line
-from trimtab.ui.visible_text import visible
 
 PLAIN, SURPRISE = "nothing", "surprise"
 _HEADINGS = {"baseline": "Unsteered", "steered": "Steered"}
@@ -31,7 +29,7 @@ def conversation_html(conversation: Conversation, *, colour: str = PLAIN) -> str
 
 def _side(conversation: Conversation, side: str, colour: str) -> str:
     turns = "".join(
-        f'<p class="tt-said" dir="auto">{_text(turn.settings.prompt)}</p>'
+        f'<p class="tt-said" dir="auto">{plain(turn.settings.prompt)}</p>'
         f"{_answer(turn, side, colour)}"
         for turn in conversation.turns
     )
@@ -55,13 +53,13 @@ def _answer(turn: Turn, side: str, colour: str) -> str:
     elif side == "steered" and not turn.settings.is_steered:
         foot.append("nothing is chosen to steer with")
     error = (
-        f'<p class="tt-notice tt-problem" role="alert">{escape(answer.error)}</p>'
+        f'<p class="tt-notice tt-problem" role="alert">{plain(answer.error)}</p>'
         if answer.error
         else ""
     )
     return (
         f'<div class="tt-answer" dir="auto" translate="no">{body}{caret}</div>{error}'
-        f'<p class="tt-foot">{escape("; ".join(foot))}</p>'
+        f'<p class="tt-foot">{plain("; ".join(foot))}</p>'
     )
 
 
@@ -72,8 +70,8 @@ def _spans(answer: Answer, colour: str) -> list[str]:
         nats = _nats_in(answer.surprise, start, end)
         title = _title(piece, nats)
         spans.append(
-            f'<span style="{_style(piece, nats, colour)}" title="{escape(title)}">'
-            f"{_text(piece.text)}</span>"
+            f'<span style="{_style(piece, nats, colour)}" title="{plain(title)}">'
+            f"{plain(piece.text)}</span>"
         )
         start = end
     return spans
@@ -135,14 +133,10 @@ def legend_html(colour: str, labels: dict[str, list[str]]) -> str:
         )
     names = labels.get(colour, [])
     if not names:
-        return f'<p class="tt-legend">Red: {escape(colour)}. Blue: its opposite.</p>'
+        return f'<p class="tt-legend">Red: {plain(colour)}. Blue: its opposite.</p>'
     keys = "".join(
         f'<span><i style="background:var(--tt-label-{i % N_LABEL_COLOURS})"></i>'
-        f"{escape(name)}</span>"
+        f"{plain(name)}</span>"
         for i, name in enumerate(names)
     )
     return f'<p class="tt-legend">{keys}</p>'
-
-
-def _text(text: str) -> str:
-    return escape(visible(text, mark=""))

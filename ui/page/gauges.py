@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 
 from trimtab.training.repetition import repetition
 from trimtab.ui.page.conversation import Answer, Turn
+from trimtab.ui.page.plain_text import plain
 
 _WINDOW = 48  # tokens: what happens now, not what was fine at the beginning
 _LOOPS = 0.3  # share of repeated 3-grams (training/coherence.py)
@@ -82,8 +82,8 @@ def gauges_html(turn: Turn | None) -> str:
 def _drawn(gauge: Gauge) -> str:
     word = _WORDS.get(gauge.level, "")
     return (
-        f'<div class="tt-gauge tt-{gauge.level}" title="{escape(gauge.explanation)}">'
-        f"<span>{gauge.name}</span> <b>{escape(gauge.value)}</b> <i>{word}</i></div>"
+        f'<div class="tt-gauge tt-{gauge.level}" title="{plain(gauge.explanation)}">'
+        f"<span>{gauge.name}</span> <b>{plain(gauge.value)}</b> <i>{word}</i></div>"
     )
 
 

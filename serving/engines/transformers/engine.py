@@ -59,7 +59,7 @@ class EngineConfig:
         max_queue: sequences that may wait; more are refused with 429.
         max_slots: live distinct steering parts.
         cache_bytes: memory for keys and values; None takes 30 % of what is free.
-        slice_share: most of the model's time that attribution gets while sequences run.
+        slice_share: most of the model's time that slices get while sequences run.
     """
 
     max_concurrent: int = 32
@@ -160,7 +160,9 @@ class TransformersEngine:
     @property
     def model_access(self) -> ModelAccess | None:
         """The model in process; None while it loads and once it is stopped."""
-        return None if self._subject is None else ModelAccess(self._subject, self._run_slice)
+        if self.loaded is None or self._subject is None:
+            return None
+        return ModelAccess(self.loaded, self._subject, self._run_slice)
 
     def _run_slice(self, work: Callable[[], T]) -> T:
         future = self._slices.submit(work)

@@ -1,4 +1,4 @@
-"""Our routes on vLLM's own server: vectors, classifiers, presets and methods.
+"""Our routes on vLLM's own server: vectors, classifiers, presets, and what can be built.
 
 vLLM loads this if VLLM_PLUGINS names trimtab. The routes are an app of their own behind one route
 of vLLM's, with its own state and errors, because vLLM keeps its own things under the same names.
@@ -21,7 +21,7 @@ from trimtab.serving.engines.vllm.unheard import Listener
 from trimtab.serving.errors import install_error_handlers
 from trimtab.serving.keys import KeyGuard, is_known
 from trimtab.serving.request_context import RequestContext
-from trimtab.serving.routes import classifiers, methods, presets, vectors
+from trimtab.serving.routes import classifiers, concepts, methods, presets, similarities, vectors
 from trimtab.serving.state import ServerState
 
 log = logging.getLogger("trimtab.serving")
@@ -83,7 +83,7 @@ def _any_known(keys: tuple[str, ...], among: tuple[str, ...]) -> bool:
 def _app(server: ServerState) -> FastAPI:
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.server = server
-    for route in (methods, vectors, classifiers, presets):
+    for route in (methods, concepts, vectors, similarities, classifiers, presets):
         app.include_router(route.router)
     install_error_handlers(app)
     # The last added is the outermost.

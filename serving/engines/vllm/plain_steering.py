@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trimtab.serving.attribution_jobs import AttributionJobs
+from trimtab.attribution.result import Attribution
+from trimtab.serving.builds import Builds
 from trimtab.serving.engines.base import (
     EngineError,
     EngineInfo,
@@ -21,6 +22,7 @@ from trimtab.serving.engines.vllm.networks import Networks
 from trimtab.serving.engines.vllm.plain_answers import Asked
 from trimtab.serving.engines.vllm.plan_wire import ASKED, KEY, PRESET, packed_request, readers_of
 from trimtab.serving.engines.vllm.served_model import ServedModel, measured
+from trimtab.serving.jobs import JobQueue
 from trimtab.serving.lifecycle import Lifecycle
 from trimtab.serving.metrics import Metrics
 from trimtab.serving.request_plan import request_plan
@@ -90,7 +92,11 @@ class PlainSteering:
         self._measuring: asyncio.Task[ServedModel] | None = None
         lifecycle = Lifecycle(_Guest(self))
         lifecycle.is_ready = True  # vLLM runs already, and the guest says what it does not know yet
-        jobs = AttributionJobs(max_queue=1)
+        # No route of ours there starts either.
+        attributions: JobQueue[Attribution] = JobQueue(
+            what="attribution", prefix="attr", max_queue=1
+        )
+        builds = Builds(max_queue=1)
         served_name = llm.vllm_config.model_config.served_model_name
         if isinstance(served_name, list):
             served_name = served_name[0]
@@ -99,8 +105,9 @@ class PlainSteering:
             store=Store(model_folder(data_home(), _store_name(self._source))),
             settings=environment_settings().model_copy(update={"served_model_name": served_name}),
             lifecycle=lifecycle,
-            metrics=Metrics(lifecycle, jobs),
-            attributions=jobs,
+            metrics=Metrics(lifecycle, attributions, builds),
+            attributions=attributions,
+            builds=builds,
         )
 
     @property

@@ -1,0 +1,188 @@
+"""Both sides of a run, against a server of canned answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
+from trimtab.ui.client import ServerError
+from trimtab.ui.page.chat_run import run
+from trimtab.ui.page.conversation import SIDES, Conversation, Piece, Turn
+from trimtab.ui.page.run_settings import read_settings
+
+RECEIPT = {"applied": [], "layers": [3], "dose": {"3": 0.1}}
+WORDS = ["One", " two", " three"]
+
+
+class FakeServer:
+    """Answers a chat in three words; each waits for `go` if there is one."""
+
+    url = "http://127.0.0.1:1"
+    key = None
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.receipt: dict[str, Any] | None = RECEIPT
+        self.go: asyncio.Event | None = None
+        self.closed = 0
+        self.failure: str | None = None
+
+    async def stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        self.bodies.append(body)
+        try:
+            for i, word in enumerate(WORDS):
+                if self.go is not None and i:
+                    await self.go.wait()
+                if self.failure and i:
+                    raise ServerError(self.failure)
+                yield {
+                    "choices": [
+                        {
+                            "delta": {"content": word},
+                            "logprobs": {"content": [{"token": word, "logprob": -0.5}]},
+                            "finish_reason": None,
+                        }
+                    ]
+                }
+            last = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
+            steered = "steering" in body and self.receipt is not None
+            yield {**last, **({"steering": self.receipt} if steered else {})}
+        finally:
+            self.closed += 1
+
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        n = sum(len(m["content"].split()) for m in body["messages"])
+        said = body["messages"][-1]
+        words = said["content"].split(" ") if said["role"] == "assistant" else []
+        parts = [words[0], *(f" {w}" for w in words[1:])] if words else []
+        entries = [None, *[{"1": {"logprob": -9.0, "decoded_token": "x"}}] * 4]
+        entries += [
+            {"7": {"logprob": -float(i + 1), "decoded_token": p}} for i, p in enumerate(parts)
+        ]
+        assert body["max_tokens"] == 0
+        assert "steering" not in body  # the unsteered model is asked
+        assert n
+        return {"prompt_logprobs": entries}
+
+
+async def ran(server: Any, chat: Conversation, turn: Turn, sides: tuple[str, ...] = SIDES) -> int:
+    chat.turns.append(turn)
+    n = 0
+    async for _ in run(server, chat, turn, model="m", sides=sides):
+        n += 1
+    return n
+
+
+def steered() -> Turn:
+    return Turn(read_settings({"prompt": "Go", "vectors": [{"id": "warm", "scale": 1.0}]}))
+
+
+def test_only_the_steered_side_is_steered_and_both_are_read_by_the_unsteered_model():
+    """Steering in both bodies would compare a thing with itself."""
+    server, chat, turn = FakeServer(), Conversation(), steered()
+    asyncio.run(ran(server, chat, turn))
+    assert sorted("steering" in body for body in server.bodies) == [False, True]
+    for side in SIDES:
+        answer = turn.side(side)
+        assert answer.text == "One two three"
+        assert answer.finish == "stop"
+        assert answer.surprise == [(3, 1.0), (7, 2.0), (13, 3.0)]
+    assert turn.steered.receipt == RECEIPT
+
+
+def test_an_answer_without_a_receipt_is_not_shown_as_steered():
+    """A server that ignores `steering` would pass for one that steers."""
+    server, turn = FakeServer(), steered()
+    server.receipt = None
+    asyncio.run(ran(server, Conversation(), turn))
+    assert turn.steered.finish == "failed"
+    assert "no account" in (turn.steered.error or "")
+    assert turn.baseline.error is None
+
+
+def test_one_sides_failure_leaves_the_other():
+    """The baseline is still worth reading."""
+    server, turn = FakeServer(), steered()
+    server.failure = "The model broke."
+    asyncio.run(ran(server, Conversation(), turn))
+    assert turn.steered.error == "The model broke."
+    assert turn.steered.text == "One"
+
+
+def test_stopping_keeps_what_came_and_closes_the_streams():
+    """A stream left open would go on generating for nobody."""
+
+    async def play() -> tuple[FakeServer, Turn]:
+        server, chat, turn = FakeServer(), Conversation(), steered()
+        server.go = asyncio.Event()
+        running = asyncio.create_task(ran(server, chat, turn))
+        while not (turn.baseline.pieces and turn.steered.pieces):
+            await asyncio.sleep(0)
+        chat.stop()
+        await asyncio.wait_for(running, 5)
+        assert not chat.is_running
+        return server, turn
+
+    server, turn = asyncio.run(play())
+    assert server.closed == 2
+    assert {turn.side(side).finish for side in SIDES} == {"stopped"}
+    assert turn.steered.text == "One"
+
+
+def test_a_new_run_takes_the_place_of_the_old_one():
+    """A slider moved twice must not show the first answer after the second."""
+
+    async def play() -> None:
+        server, chat = FakeServer(), Conversation()
+        first, second = steered(), steered()
+        server.go = asyncio.Event()
+        old = asyncio.create_task(ran(server, chat, first))
+        while not first.steered.pieces:
+            await asyncio.sleep(0)
+        chat.turns.clear()
+        await asyncio.wait_for(ran(FakeServer(), chat, second), 5)
+        await asyncio.wait_for(old, 5)
+        assert second.steered.finish == "stop"
+        assert first.steered.finish == "stopped"
+
+    asyncio.run(play())
+
+
+def test_each_side_goes_on_from_its_own_answers():
+    """The steered side would otherwise read the unsteered side's words as its own."""
+    chat, turn, after = Conversation(), steered(), steered()
+    chat.turns = [turn, after]
+    turn.baseline.pieces.append(Piece("plain"))
+    assert chat.messages("baseline", until=after)[1]["content"] == "plain"
+    assert [m["role"] for m in chat.messages("steered", until=after)] == ["user"]
+
+
+def test_an_unread_answer_says_why():
+    """Silence where the surprise stands would look like none."""
+    server, turn = FakeServer(), steered()
+
+    async def refuse(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        raise ServerError("No scoring here.")
+
+    server.post = refuse  # type: ignore[method-assign]
+    asyncio.run(ran(server, Conversation(), turn))
+    assert turn.steered.unread == "No scoring here."
+    assert turn.steered.finish == "stop"
+
+
+@pytest.mark.parametrize("sides", [("steered",), SIDES])
+def test_a_run_shows_its_end(sides: tuple[str, ...]):
+    """The last frame must not say that it still runs."""
+    server, chat, turn = FakeServer(), Conversation(), steered()
+    shown: list[bool] = []
+
+    async def play() -> None:
+        chat.turns.append(turn)
+        async for _ in run(server, chat, turn, model="m", sides=sides):  # type: ignore[arg-type]
+            shown.append(chat.is_running)
+
+    asyncio.run(play())
+    assert shown[-1] is False
