@@ -74,7 +74,7 @@ def _title_of(token: Mapping[str, Any]) -> str:
 
 def facts_html(*lines: str | None) -> str:
     """Return sentences as paragraphs; None is left out."""
-    return "\n".join(f"<p>{escape(line)}</p>" for line in lines if line)
+    return "\n".join(f"<p>{_text(line)}</p>" for line in lines if line)
 
 
 def settings_html(report: Report) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from trimtab.steering.errors import TrimtabError
 from trimtab.ui.page.notice import note, problem
+from trimtab.ui.page.plain_text import plain
 from trimtab.ui.page.visitor import Visitors
 from trimtab.ui.page.why_question import (
     STEERED,
@@ -207,7 +207,7 @@ def about_html(card: dict[str, Any] | None) -> str:
 
 
 def _hint(*lines: str) -> str:
-    return "".join(f'<p class="tt-hint">{escape(line)}</p>' for line in lines)
+    return "".join(f'<p class="tt-hint">{plain(line)}</p>' for line in lines)
 
 
 def _said(explanation: Explanation) -> str:

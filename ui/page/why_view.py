@@ -9,6 +9,7 @@ from trimtab.ui import heat_map
 from trimtab.ui.attribution_difference import Difference
 from trimtab.ui.attribution_report import Report
 from trimtab.ui.attribution_scores import Scores
+from trimtab.ui.page.plain_text import plain
 from trimtab.ui.page.why_run import Explanation
 
 _MOST_ROWS = 8
@@ -29,7 +30,7 @@ def progress_html(explanation: Explanation) -> str:
     share = f' value="{done:d}" max="{total:d}"' if total else ""
     return (
         '<div class="tt-progress"><label for="why-bar">'
-        f"{escape(which + _how_far(found))}</label>"
+        f"{plain(which + _how_far(found))}</label>"
         f'<progress id="why-bar"{share}></progress></div>'
     )
 
@@ -74,16 +75,20 @@ def result_html(explanation: Explanation) -> str:
 
 def _answers(explanation: Explanation, reports: list[Report]) -> str:
     question = explanation.question
+    has_two = len(question.sides) > 1
     parts = []
     for answer, name in question.names.items():
         told = [
-            heat_map.log_p(report, answer)
-            + (f" {_SAID[is_steered]}" if len(question.sides) > 1 else "")
+            heat_map.log_p(report, answer) + (f" {_SAID[is_steered]}" if has_two else "")
             for report, is_steered in zip(reports, question.sides, strict=False)
         ]
-        chips = "".join(heat_map.chips_html(report, answer) for report in reports)
+        chips = "".join(
+            (f'<p class="tt-hint">{_SAID[is_steered].capitalize()}</p>' if has_two else "")
+            + heat_map.chips_html(report, answer)
+            for report, is_steered in zip(reports, question.sides, strict=False)
+        )
         parts.append(
-            f'<section class="tt-card"><h3>{escape(name)}: {", ".join(told)}</h3>'
+            f'<section class="tt-card"><h3>{plain(name)}: {", ".join(told)}</h3>'
             f"{heat_map.answer_html(reports[0], answer)}"
             f"{_details('log P of each of its tokens', chips)}</section>"
         )
@@ -96,7 +101,7 @@ def _map(report: Report, heading: str) -> str:
         report.values, report.completeness, report.faithfulness, steered, report.work
     )
     return (
-        f'<section class="tt-card"><h3>{escape(heading)}</h3>{heat_map.prompt_html(report)}'
+        f'<section class="tt-card"><h3>{plain(heading)}</h3>{heat_map.prompt_html(report)}'
         f"{heat_map.legend_html(report)}{_doubt(report)}"
         f"{_strongest('Strongest words', score=report)}"
         f'<div class="tt-facts">{facts}</div></section>'
@@ -110,10 +115,11 @@ def _difference(difference: Difference) -> str:
         steered=difference.steered,
         unsteered=difference.unsteered,
     )
+    facts = heat_map.facts_html(difference.summary, _SCALE)
     return (
         '<section class="tt-card"><h3>Difference: steered minus unsteered</h3>'
         f"{heat_map.prompt_html(difference)}{heat_map.legend_html(difference, meaning=_CHANGE)}"
-        f'{words}<div class="tt-facts">{heat_map.facts_html(difference.summary, _SCALE)}</div></section>'
+        f'{words}<div class="tt-facts">{facts}</div></section>'
     )
 
 
@@ -126,20 +132,22 @@ def _doubt(report: Report) -> str:
     told, remedy = report.warning
     options = ", ".join(f"{name}={value}" for name, value in remedy.items())
     more = f" Try {options} among the method's options." if remedy else ""
-    return f'<p class="tt-warning" role="status">{escape(told + more)}</p>'
+    return f'<p class="tt-warning" role="status">{plain(told + more)}</p>'
 
 
 def _strongest(caption: str, **columns: Scores) -> str:
     """Return a table of the pieces that weigh most in the first column."""
     first = next(iter(columns.values()))
     headings = "".join(f'<th scope="col">{name}</th>' for name in ("word", *columns))
+    every = [{piece.indexes: piece for piece in scores.pieces} for scores in columns.values()]
     rows = "".join(
-        f'<tr><th scope="row"><code>{escape(repr(piece.text))}</code></th>{figures}</tr>'
+        f'<tr><th scope="row"><code>{escape(repr(piece.text))}</code></th>'
+        + "".join(f"<td>{pieces[piece.indexes].score:+.3f}</td>" for pieces in every)
+        + "</tr>"
         for piece in first.scored[:_MOST_ROWS]
-        for figures in ["".join(map(partial(_figure, piece), columns.values()))]
     )
     return (
-        f'<div class="tt-wide"><table><caption>{caption}, {escape(first.unit)}</caption>'
+        f'<div class="tt-wide"><table><caption>{caption}, {plain(first.unit)}</caption>'
         f"<tr>{headings}</tr>{rows}</table></div>"
     )
 
