@@ -10,7 +10,8 @@ from trimtab.ui.attribution_difference import Difference
 from trimtab.ui.attribution_report import Report
 from trimtab.ui.heat_map import prompt_html
 
-ONE = Report(wire(("<s>", None), ("a", 2.0), ("", 0.5), ("日", -1.5), ("b", 0.25)))
+TOKENS = (("<s>", None), ("a", 2.0), ("", 0.5), ("日", -1.5), ("b", 0.25))
+ONE = Report(wire(*TOKENS))
 OTHER = Report(wire(("<s>", None), ("a", 0.5), ("", -0.5), ("日", -1.0), ("b", 0.25)))
 
 
@@ -63,7 +64,7 @@ def test_one_scale_makes_colours_comparable():
     [
         wire(("<s>", None), ("a", 2.0)),
         wire(("<s>", 1.0), ("a", 2.0), ("", 0.5), ("日", -1.5), ("b", 0.25)),
-        wire(*[("x", 1.0)] * 5, summary={"units": "share"}),
+        wire(*TOKENS, summary={"units": "share"}),
     ],
 )
 def test_what_cannot_be_compared_is_refused(other):
