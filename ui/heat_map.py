@@ -144,7 +144,7 @@ line-height:1.9;margin:.3rem 0}
 vertical-align:bottom;line-height:1.3}
 .tt-token b{display:block;font-weight:normal;font-size:.75rem;color:var(--tt-soft)}
 .tt-ends{white-space:nowrap}
-.tt-ramp{display:inline-block;width:12rem;max-width:35vw;height:.8em;margin:0 .5rem;
+.tt-ramp{display:inline-block;width:12rem;max-width:25vw;height:.8em;margin:0 .5rem;
 border:1px solid var(--tt-line);
 background:linear-gradient(to right,var(--tt-minus),transparent,var(--tt-plus))}
 """

@@ -78,7 +78,7 @@ class WhyTab:
                     "the work.",
                     elem_id="why-compare",
                 )
-                with gr.Accordion("More", open=False):
+                with gr.Accordion("More", open=False, elem_id="why-more"):
                     self.options = gr.Textbox(
                         "",
                         label="The method's options",

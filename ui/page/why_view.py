@@ -43,7 +43,9 @@ def _how_far(progress: dict[str, Any]) -> str:
         return "asking the server"
     told = f"{progress['done']} of {progress['total']} rows read"
     left = progress.get("eta_s")
-    return told if left is None else f"{told}, about {max(left, 0.1):.1f} s left"
+    if left is None:
+        return told
+    return f"{told}, about {left / 60:.0f} min left" if left > 90 else f"{told}, {left:.0f} s left"
 
 
 def result_html(explanation: Explanation) -> str:
@@ -97,12 +99,11 @@ def _answers(explanation: Explanation, reports: list[Report]) -> str:
 
 def _map(report: Report, heading: str) -> str:
     steered = None if report.steering is None else f"Steered: {report.steering}."
-    facts = heat_map.facts_html(
-        report.values, report.completeness, report.faithfulness, steered, report.work
-    )
+    completeness = heat_map.facts_html(report.values, report.completeness)
+    facts = heat_map.facts_html(report.faithfulness, steered, report.work)
     return (
         f'<section class="tt-card"><h3>{plain(heading)}</h3>{heat_map.prompt_html(report)}'
-        f"{heat_map.legend_html(report)}{_doubt(report)}"
+        f'{heat_map.legend_html(report)}<div class="tt-facts">{completeness}</div>{_doubt(report)}'
         f"{_strongest('Strongest words', score=report)}"
         f'<div class="tt-facts">{facts}</div></section>'
     )

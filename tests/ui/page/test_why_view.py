@@ -141,7 +141,7 @@ def test_strangers_text_is_text():
         ({"position": 2, "done": 0, "total": 0}, "2 before it", "<progress id"),
         (
             {"position": 0, "done": 12, "total": 35, "eta_s": 4.25},
-            "12 of 35 rows read, about 4.2 s left",
+            "12 of 35 rows read, 4 s left",
             'value="12" max="35"',
         ),
         ({"done": 0, "total": 35, "eta_s": None}, "0 of 35 rows read<", 'value="0" max="35"'),
