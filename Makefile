@@ -62,8 +62,8 @@ demo: $(READY)  ## the same prompt, steered and not
 serve: $(READY)  ## serve MODEL on PORT
 	$(BIN)/trimtab serve $(MODEL) --port $(PORT)
 
-# Two lanes, a thread each. The output of the second waits in a file until it can be read in one
-# piece; where one fails the other goes on.
+# Two lanes, a thread each: the second takes less than the first, and alone would leave a core idle.
+# Its output waits in a file until it can be read in one piece; where one fails the other goes on.
 test: $(READY)  ## run every test: test-embedded, test-vllm and test-page (with their _ARGS)
 	@mkdir -p build && rm -f $(LANE_LOG)
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-embedded test-lane; \
