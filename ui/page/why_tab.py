@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -187,7 +188,9 @@ class WhyTab:
         async for _ in visitor.explaining.run(visitor.api, explanation, model=model):
             shown: Any = gr.skip()
             if len(explanation.results) > n_shown:
-                n_shown, shown = len(explanation.results), result_html(explanation)
+                n_shown = len(explanation.results)
+                # Thousands of tokens take a while to draw, and others wait for this loop.
+                shown = await asyncio.to_thread(result_html, explanation)
             yield [_said(explanation), progress_html(explanation), shown]
 
     async def _cancelled(self, request: gr.Request) -> None:
