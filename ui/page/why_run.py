@@ -48,12 +48,22 @@ class Explaining:
 
     def __init__(self) -> None:
         self._task: asyncio.Task[None] | None = None
+        self._latest: Explanation | None = None
 
     def stop(self) -> None:
         """End what is under way; the server drops it."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
+
+    def clear(self) -> None:
+        """End what is under way without another word: something else takes its place."""
+        self.stop()
+        self._latest = None
+
+    def is_latest(self, explanation: Explanation) -> bool:
+        """Return whether nothing has taken the place of an explanation."""
+        return self._latest is explanation
 
     async def run(
         self, api: Api, explanation: Explanation, *, model: str
@@ -68,7 +78,8 @@ class Explaining:
             explanation: is filled.
             model: the served model's name.
         """
-        self.stop()
+        self.clear()
+        self._latest = explanation
         changed = asyncio.Event()
         task = asyncio.create_task(_ask(api, explanation, model, changed))
         # A task that is cancelled before its first step runs no `finally`.
@@ -78,13 +89,13 @@ class Explaining:
             while not task.done():
                 await changed.wait()
                 changed.clear()
-                if self._task not in (task, None):
+                if not self.is_latest(explanation):
                     return
                 if not task.done():
                     yield explanation
                     await asyncio.sleep(_FRAME_S)
             explanation.is_cancelled = task.cancelled()
-            if self._task in (task, None):
+            if self.is_latest(explanation):
                 yield explanation
         finally:
             task.cancel()

@@ -166,7 +166,7 @@ class WhyTab:
         *texts: str,
     ) -> AsyncIterator[list[Any]]:
         visitor = self.visitors.of(request)
-        visitor.explaining.stop()
+        visitor.explaining.clear()
         prompt, preferred, dispreferred = texts
         try:
             question = question_of(
@@ -191,6 +191,8 @@ class WhyTab:
                 n_shown = len(explanation.results)
                 # Thousands of tokens take a while to draw, and others wait for this loop.
                 shown = await asyncio.to_thread(result_html, explanation)
+                if not visitor.explaining.is_latest(explanation):
+                    return
             yield [_said(explanation), progress_html(explanation), shown]
 
     async def _cancelled(self, request: gr.Request) -> None:

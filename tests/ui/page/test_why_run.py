@@ -182,6 +182,30 @@ def test_a_new_explanation_takes_the_place_of_the_old_one(serve):
     assert not any(late)
 
 
+def test_what_was_cleared_says_nothing_more(serve):
+    """Catches "Cancelled." of an old explanation in the place of a new question's refusal."""
+    served, one, explaining, late = serve(), explanation(ENDLESS), Explaining(), []
+
+    async def play() -> None:
+        async with api_of(served) as api:
+
+            async def read() -> None:
+                async for found in explaining.run(api, one, model=NAME):
+                    late.append(found.is_cancelled)
+
+            run = asyncio.create_task(read())
+            await until(lambda: one.progress.get("done", 0) > 0)
+            assert explaining.is_latest(one)
+            explaining.clear()
+            await asyncio.wait_for(run, 20)
+            await until(lambda: n_jobs(served) == 0)
+
+    asyncio.run(play())
+    assert not explaining.is_latest(one)
+    assert late
+    assert not any(late)
+
+
 def test_stopping_before_the_first_step_ends_it(serve):
     """Catches a click that is followed by another at once, and waits for ever."""
     served, one, explaining = serve(), explanation(ENDLESS), Explaining()
