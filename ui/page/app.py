@@ -14,12 +14,14 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 from fastapi import FastAPI
 
+from trimtab.ui.heat_map import style as heat_map_style
 from trimtab.ui.page.api import Api
 from trimtab.ui.page.chat_tab import ChatTab
 from trimtab.ui.page.mount import PATH
 from trimtab.ui.page.shell import Shell
 from trimtab.ui.page.visitor import Visitors
 from trimtab.ui.page.welcome import Welcome
+from trimtab.ui.page.why_tab import WhyTab
 
 MAX_UPLOAD_BYTES = 4 * 2**20
 _STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
@@ -36,8 +38,11 @@ def page(visitors: Visitors) -> gr.Blocks:
     """
     with gr.Blocks(title="trimtab", analytics_enabled=False, fill_width=True) as blocks:
         welcome = Welcome(visitors)
-        with gr.Tabs(elem_id="tabs"), gr.Tab("Chat", id="chat"):
-            chat = ChatTab(visitors)
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Chat", id="chat"):
+                chat = ChatTab(visitors)
+            with gr.Tab("Why", id="why") as why:
+                WhyTab(visitors, why)
         gr.on(
             [blocks.load, welcome.entered],
             welcome.greet,
@@ -70,7 +75,7 @@ def page_app(api: Api) -> FastAPI:
         page(Visitors(api)),
         path=PATH,
         theme=gr.themes.Base(font=_FONT, font_mono=_MONO, primary_hue="blue", neutral_hue="slate"),
-        css=_STYLE,
+        css=_STYLE + heat_map_style(),
         footer_links=[],
         run_history=False,
         ssr_mode=False,

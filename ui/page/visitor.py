@@ -9,6 +9,7 @@ import gradio as gr
 
 from trimtab.ui.page.api import Api
 from trimtab.ui.page.conversation import Conversation
+from trimtab.ui.page.why_run import Explaining
 
 MAX_VISITORS = 1000
 
@@ -20,11 +21,13 @@ class Visitor:
     Attributes:
         api: the server, under the visitor's own key.
         chat: what was said to the model and answered, on both sides.
+        explaining: what attributes an answer.
         builds: ids of the builds started here.
     """
 
     api: Api
     chat: Conversation = field(default_factory=Conversation)
+    explaining: Explaining = field(default_factory=Explaining)
     builds: list[str] = field(default_factory=list)
     _model: str | None = None
 
@@ -37,6 +40,11 @@ class Visitor:
         if self._model is None:
             self._model = str((await self.api.get("/v1/models"))["data"][0]["id"])
         return self._model
+
+    def stop(self) -> None:
+        """End whatever runs for this visitor."""
+        for running in (self.chat, self.explaining):
+            running.stop()
 
     def use_key(self, key: str) -> None:
         """Talk to the server under another key."""
@@ -66,11 +74,14 @@ class Visitors:
         self._known[name] = visitor
         while len(self._known) > MAX_VISITORS:
             _, oldest = self._known.popitem(last=False)
-            oldest.chat.stop()
+            oldest.stop()
         return visitor
 
-    def leave(self, request: gr.Request) -> None:
-        """Forget a visitor whose tab was closed, and end what runs for it."""
+    async def leave(self, request: gr.Request) -> None:
+        """Forget a visitor whose tab was closed, and end what runs for it.
+
+        Not a plain function: Gradio would call that in a thread, where no task can be ended.
+        """
         visitor = self._known.pop(request.session_hash or "", None)
         if visitor is not None:
-            visitor.chat.stop()
+            visitor.stop()
