@@ -11,8 +11,9 @@ from trimtab.ui.page.library import KINDS, Item, Library, named
 from trimtab.ui.receipt_line import spans
 from trimtab.ui.visible_text import visible
 
-ORDERS = {"name, A to Z": "up", "name, Z to A": "down", "newest first": "new"}
+ORDERS = {"A to Z": "up", "Z to A": "down", "newest first": "new"}
 _LONGEST = 160
+_PARTS = ("fit", "calibration", "validation", "held")
 
 
 def list_html(
@@ -82,11 +83,17 @@ def weights(card: dict[str, Any]) -> str:
 
 
 def built_from(card: dict[str, Any]) -> str:
-    """Return the name and the size of the data something was built on."""
+    """Return the name of the data something was built on, and how many examples of it."""
     data = card["data"]
-    counts = [n for key, n in data.items() if key.startswith("n_") and isinstance(n, int)]
-    size = f" ({sum(counts)} examples)" if counts else ""
+    counts = sizes(data)
+    size = f" ({sum(counts.values())} examples)" if counts else ""
     return f"{data['name']}{size}" if "name" in data else "unknown data"
+
+
+def sizes(data: dict[str, Any]) -> dict[str, int]:
+    """Return how many examples each part of the data had: `fit`, `held` and so on."""
+    given = {part: data.get(f"n_{part}") for part in _PARTS}
+    return {part: n for part, n in given.items() if isinstance(n, int)}
 
 
 def _vector(card: dict[str, Any]) -> str:
