@@ -27,8 +27,8 @@ import torch
 
 from trimtab.steering.plan import Plan, additive_plan
 from trimtab.training.layer_map import layer_map, mapped_layers
-from trimtab.training.scoring import Answer, answer_logprobs, answer_of, generate, perplexity
 from trimtab.training.repetition import repetition as repetition_of
+from trimtab.training.scoring import Answer, answer_logprobs, answer_of, generate, perplexity
 from trimtab.training.steered_model import SteeredModel
 from trimtab.training.vectors.neutral import neutral_questions, neutral_text
 

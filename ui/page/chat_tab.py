@@ -48,8 +48,10 @@ class ChatTab:
                     catalogue=None,
                     elem_id="steering-panel",
                 )
-                with gr.Accordion("Sampling", open=False):
-                    self.max_tokens = gr.Number(128, label="Longest answer, tokens", precision=0)
+                with gr.Accordion("Sampling", open=False, elem_id="sampling"):
+                    self.max_tokens = gr.Number(
+                        128, label="Longest answer, tokens", precision=0, elem_id="max-tokens"
+                    )
                     self.temperature = gr.Number(0.0, label="Temperature", step=0.1)
                     self.seed = gr.Number(None, label="Seed (empty: drawn)", precision=0)
             with gr.Column(scale=3, min_width=320):
@@ -81,7 +83,9 @@ class ChatTab:
                     allow_custom_value=True,
                 )
                 self.legend = gr.HTML("")
-                with gr.Accordion("These settings: share, save, copy", open=False):
+                with gr.Accordion(
+                    "These settings: share, save, copy", open=False, elem_id="settings"
+                ):
                     self.share = gr.HTML("", elem_id="share")
                     with gr.Row(equal_height=True):
                         self.preset_name = gr.Textbox(

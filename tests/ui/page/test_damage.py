@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from trimtab.ui.page.damage import zones
@@ -33,7 +35,7 @@ def test_zones_cover_the_slider_without_gaps():
     """A gap would draw the zones beside where they are."""
     found = zones(record(rise=[0.1, 0.0, 0.08, 0.4, 3.0]), reach=4.0)
     assert (found[0].start, found[-1].end) == (-4.0, 4.0)
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in itertools.pairwise(found):
         assert before.end == pytest.approx(after.start)
         assert before.level != after.level
 

@@ -1,0 +1,62 @@
+"""The page's Chat tab as a person uses it: open, choose, send, read, stop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+IS_OVER = "document.querySelectorAll('#stage [aria-busy]').length == 0"
+# The real model on two busy cores.
+PATIENCE_MS = 90_000
+
+
+class ChatPage:
+    """One person's Chat tab.
+
+    Args:
+        page: a fresh one.
+        url: the server's.
+        query: of the page's address, such as `?run=...`.
+    """
+
+    def __init__(self, page: Page, url: str, *, query: str = "") -> None:
+        self.page = page
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(f"{url}/ui/{query}")
+        page.wait_for_selector("#steering-panel fieldset")
+
+    def text(self, side: str) -> str:
+        """The last answer of `baseline` or `steered`, as far as it came."""
+        answers = self.page.locator(f'#stage [data-side="{side}"] .tt-answer')
+        return answers.last.inner_text() if answers.count() else ""
+
+    def choose(self, **settings: Any) -> None:
+        """Fill in sampling and prompt."""
+        if "prompt" in settings:
+            self.page.fill("#prompt textarea", settings["prompt"])
+        if "max_tokens" in settings:
+            if not self.page.is_visible("#max-tokens input"):
+                self.page.click("#sampling button")
+            self.page.fill("#max-tokens input", str(settings["max_tokens"]))
+            self.page.locator("#max-tokens input").blur()
+
+    def slide(self, vector: str, presses: str) -> None:
+        """Press a key on a vector's slider."""
+        self.page.locator(f'[data-key="vector-{vector}"]').press(presses)
+
+    def send(self) -> None:
+        """Send the prompt and wait for the first words of both sides."""
+        turns = self.page.locator('#stage [data-side="steered"] .tt-answer').count()
+        self.page.click("#send")
+        self.page.wait_for_function(
+            "n => ['baseline', 'steered'].every(side => { const found = document.querySelectorAll("
+            "`#stage [data-side=${side}] .tt-answer`); return found.length > n && "
+            "found[found.length - 1].innerText.trim() })",
+            arg=turns,
+        )
+
+    def wait(self) -> None:
+        """Wait until nothing streams any more."""
+        self.page.wait_for_function(IS_OVER)
