@@ -50,6 +50,8 @@ class LibraryTab:
                     [(plural.capitalize(), kind) for kind, plural in KINDS.items()],
                     value="vector",
                     label="What is stored",
+                    show_label=False,
+                    container=False,
                     elem_id="library-kind",
                 )
                 with gr.Row():
@@ -169,6 +171,7 @@ class LibraryTab:
     ) -> list[Any]:
         """Return the notice and the values of `_shown`, from what is stored now."""
         browsing, notice = visitor.browsing, ""
+        browsing.to_delete = None  # the question is hidden below
         try:
             library = browsing.library = await stored(visitor.api)
             item = browsing.chosen
