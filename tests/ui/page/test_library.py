@@ -1,4 +1,4 @@
-"""What the Library shows: strangers' words as words, what a preset names, and how alike vectors are."""
+"""What the Library shows: strangers' words as words, what presets name, how alike vectors are."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def detail(item: Item, library: Library) -> str:
 
 
 def test_a_preset_names_what_its_gates_read_too():
-    """Catches a deletion that says it breaks nothing and breaks a gate, wherever the gate stands."""
+    """Catches a deletion that says it breaks nothing and breaks a gate, wherever that stands."""
     spec = parse_spec(NESTED).model_dump(mode="json", exclude_defaults=True)
     assert set(named(spec)) == {
         Item("vector", "warm"),
@@ -255,7 +255,7 @@ def test_of_many_vectors_the_nearest_are_in_the_table():
 
 
 def test_what_is_tried_is_something_the_chat_can_run():
-    """Catches settings that the panel refuses, or a classifier that steers past what is measured."""
+    """Catches settings that the panel refuses, and steering past the measured dose."""
     classifier = toy_classifier(model_ref(), id="tone")
     tried = chat_settings(Item("classifier", "tone"), classifier.card())
     settings = read_settings(tried)
@@ -271,7 +271,7 @@ def test_what_is_tried_is_something_the_chat_can_run():
 
 
 def test_what_is_deleted_leaves_the_chat():
-    """Catches a slider, gate or probe that stays and fails every run, and one too many taken out."""
+    """Catches a slider, gate or probe that stays and fails every run, or one too many gone."""
     settings = {
         "preset": "p",
         "vectors": [{"id": "x", "scale": 1.0}, {"id": "y", "scale": 2.0}],

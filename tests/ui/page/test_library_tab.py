@@ -176,7 +176,7 @@ def test_a_file_that_is_refused_is_not_stored(served, data, kind, name, said):
 
 
 def test_a_file_is_stored_under_the_typed_name_and_shown(served):
-    """Catches an upload that nobody sees until the page is opened anew, or that replaces unasked."""
+    """Catches an upload that nobody sees until the page opens anew, or that replaces unasked."""
     one, two = toy_vector("x", seed=7), toy_vector("y", seed=8)
 
     async def steps(library):
