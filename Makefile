@@ -4,7 +4,7 @@
 #   MODEL, PORT      what `make serve` serves, and where
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-torchao vllm test-vllm check clean
+.PHONY: help setup demo serve test test-embedded test-torchao test-page vllm test-vllm check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,6 +14,8 @@ MODEL ?= smollm2
 PORT ?= 8000
 TEST_ARGS ?=
 VLLM_TEST_ARGS ?=
+PAGE_TEST_ARGS ?=
+LANE_LOG := build/test-lane.log
 
 # vLLM asks for other versions than the development tools (repeng keeps numpy below 2), so it has an
 # environment of its own.
@@ -39,7 +41,7 @@ export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 endif
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY)  ## make the environment in .venv, with the default model
 
@@ -60,12 +62,26 @@ demo: $(READY)  ## the same prompt, steered and not
 serve: $(READY)  ## serve MODEL on PORT
 	$(BIN)/trimtab serve $(MODEL) --port $(PORT)
 
-# Two threads on two cores: more of them than cores, and they wait for one another.
-test: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
-test: $(READY)  ## run every test, vLLM's and the slow ones too (TEST_ARGS="-k name", VLLM_TEST_ARGS)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+# Two lanes, a thread each: the second takes less than the first, and alone would leave a core idle.
+# Its output waits in a file until it can be read in one piece; where one fails the other goes on.
+test: $(READY)  ## run every test: test-embedded, test-vllm and test-page (with their _ARGS)
+	@mkdir -p build && rm -f $(LANE_LOG)
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-embedded test-lane; \
+	status=$$?; cat $(LANE_LOG); exit $$status
+
+.PHONY: test-lane
+test-lane:
+	@$(MAKE) --no-print-directory --jobs=1 --keep-going test-vllm test-page >$(LANE_LOG) 2>&1
+
+# The other lane has a core. More threads than cores wait for one another.
+test-embedded: export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null); echo $$((n > 2 ? n - 1 : 1)))
+test-embedded: $(READY)  ## run the tests that need neither vLLM nor a browser (TEST_ARGS="-k name")
+	$(BIN)/python -m pytest -m 'not browser' $(TEST_ARGS)
 	@$(MAKE) --no-print-directory test-torchao
-	@$(MAKE) --no-print-directory test-vllm
+
+test-page: export OMP_NUM_THREADS ?= 1
+test-page: $(READY)  ## run the tests marked browser: the page (PAGE_TEST_ARGS="-k name")
+	$(BIN)/python -m pytest -m browser $(PAGE_TEST_ARGS)
 
 test-torchao: $(READY) $(TORCHAO)  ## compare the 4-bit formats with torchao's, bit for bit
 	PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest -q -W ignore -k torchao tests/formats/test_formats_elsewhere.py

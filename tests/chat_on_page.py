@@ -47,15 +47,22 @@ class ChatPage:
         self.page.locator(f'[data-key="vector-{vector}"]').press(presses)
 
     def send(self) -> None:
-        """Send the prompt and wait for the first words of both sides."""
+        """Send the prompt and wait for the first words of both sides.
+
+        Raises:
+            AssertionError: the page shows a problem instead.
+        """
         turns = self.page.locator('#stage [data-side="steered"] .tt-answer').count()
         self.page.click("#send")
         self.page.wait_for_function(
-            "n => ['baseline', 'steered'].every(side => { const found = document.querySelectorAll("
+            "n => document.querySelector('#chat-notice .tt-problem') || "
+            "['baseline', 'steered'].every(side => { const found = document.querySelectorAll("
             "`#stage [data-side=${side}] .tt-answer`); return found.length > n && "
             "found[found.length - 1].innerText.trim() })",
             arg=turns,
         )
+        problem = self.page.locator("#chat-notice .tt-problem")
+        assert not problem.count(), problem.inner_text()
 
     def wait(self) -> None:
         """Wait until nothing streams any more."""

@@ -108,7 +108,7 @@ def real_store(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -
     profile = profile_model(smollm2.model, model_id="smollm2", tokenizer=smollm2.tokenizer)
     host = SteeredModel(smollm2, profile)
     for name in ("optimistic", "formal"):
-        some = PairSet(name, tuple(concept(name).build[:16]))
+        some = PairSet(name, tuple(concept(name).build[:8]))
         store.put_vector(build_vector(host, some, id=name, is_calibrated=False))
     store.put_classifier(few_tones(host))
     return store

@@ -125,7 +125,7 @@ def test_sixteen_plans_at_once_on_the_real_model(smollm2):
     async def use(engine: TransformersEngine) -> None:
         texts = [f"Tell me about the number {i}." for i in range(16)]
         ids = [tuple(smollm2.tokenizer(t)["input_ids"]) for t in texts]
-        requests = [Request(f"r{i}", ids[i], greedy(24), real_plan(i)) for i in range(16)]
+        requests = [Request(f"r{i}", ids[i], greedy(8), real_plan(i)) for i in range(16)]
         solo = []
         for request in requests:
             solo.append((await drain(engine.generate(request)[0]))[0])

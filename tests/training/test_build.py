@@ -154,7 +154,7 @@ def test_a_real_concept_moves_held_answers(smollm2):
     profile = profile_model(smollm2.model, model_id="smollm2", tokenizer=smollm2.tokenizer)
     host = SteeredModel(smollm2, profile)
     whole = concept("optimistic")
-    pairs = PairSet("some", (*whole.build[:24], *whole.held[:12]))
+    pairs = PairSet("some", (*whole.build[:16], *whole.held[:8]))
     vector = build_vector(host, pairs, id="optimistic", is_calibrated=False)
     answers = [
         answer_of(smollm2.tokenizer, pair.prompt, side)

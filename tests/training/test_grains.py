@@ -290,7 +290,7 @@ def test_masking_real_tokens_moves_the_answers_as_their_sign_says(smollm2):
     host = SteeredModel(smollm2, profile)
     subject = Subject(smollm2, profile)
     changes = []
-    for pair in concept("optimistic").build[:10]:
+    for pair in concept("optimistic").build[:7]:
         own = prompt_of(host, pair.prompt)
         both = strongest(own, token_scores(host, subject, pair, "attnlrp"), 3)
         problem = Problem(subject, own, objective_of(host, pair), baseline="pad")
@@ -298,7 +298,7 @@ def test_masking_real_tokens_moves_the_answers_as_their_sign_says(smollm2):
         whole, without_for, without_against = problem.values_kept(keep)
         if both[0]:
             changes.append((without_for - whole, without_against - whole))
-    assert len(changes) >= 8
+    assert len(changes) >= 5
     without_for, without_against = torch.tensor(changes).mean(0)
     assert without_for < -0.5
     assert without_against > 0.5

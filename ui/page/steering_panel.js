@@ -149,12 +149,14 @@ function gate() {
   if (!probes.length) return null;
   const way = when && when.below !== undefined && when.below !== null ? "below" : "above";
   const share = when ? when[way] : 0.5;
-  const put = (probe, direction, at, options) => set({ when: { probe, [direction]: at } }, options);
+  const layer = when && Number.isInteger(when.layer) ? when.layer : null;
+  const put = (probe, direction, at, where = layer) =>
+    set({ when: { probe, [direction]: at, ...(where === null ? {} : { layer: where }) } });
   return section("Gate", when ? null : "Steer only where a probe reads it in the hidden state.",
     make("div", { class: "tt-gate" },
       make("select", {
         "aria-label": "Gate's probe", "data-key": "gate-probe",
-        onchange: (event) => event.target.value ? put(event.target.value, way, share) : set({ when: null }),
+        onchange: (event) => event.target.value ? put(event.target.value, way, share, null) : set({ when: null }),
       }, make("option", { value: "", text: "no gate" }),
       ...probes.map((id) => {
         const option = make("option", { value: id, text: id });
@@ -173,6 +175,12 @@ function gate() {
         type: "number", min: 0, max: 1, step: 0.05, value: share, "aria-label": "Gate's threshold",
         "data-key": "gate-share",
         onchange: (event) => put(when.probe, way, Math.min(1, Math.max(0, +event.target.value || 0))),
+      }),
+      when && make("input", {
+        type: "number", min: 0, step: 1, value: layer, "aria-label": "Layer the gate reads; empty: the probe's own",
+        placeholder: "layer", title: "Layer the gate reads, at or before the first it gates; empty: the probe's own",
+        "data-key": "gate-layer",
+        onchange: (event) => put(when.probe, way, share, event.target.value === "" ? null : Math.trunc(+event.target.value)),
       })));
 }
 

@@ -75,8 +75,9 @@ def test_classifiers_gates_ablation_and_probes_reach_the_server(open_page, serve
     page.click('[data-key="label-tone-casual"]')  # away
     page.click('[data-key="ablate-formal"]')
     page.select_option('[data-key="gate-probe"]', "formal")
-    page.fill('[data-key="gate-share"]', "0.25")
-    page.locator('[data-key="gate-share"]').blur()
+    for key, value in (("gate-share", "0.25"), ("gate-layer", "0")):
+        page.fill(f'[data-key="{key}"]', value)
+        page.locator(f'[data-key="{key}"]').blur()
     page.click('[data-key="probe-tone"]')
     chat.send()
     chat.wait()
@@ -88,7 +89,7 @@ def test_classifiers_gates_ablation_and_probes_reach_the_server(open_page, serve
         "guidance": [
             {"classifier": "tone", "target": ["empathetic"], "avoid": ["casual"], "scale": 1.0}
         ],
-        "when": {"probe": "formal", "above": 0.25},
+        "when": {"probe": "formal", "above": 0.25, "layer": 0},
     }
     assert settings.probes == ["tone"]
     steered = page.inner_text('#stage [data-side="steered"]')
