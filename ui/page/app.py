@@ -15,6 +15,7 @@ import gradio as gr
 from fastapi import FastAPI
 
 from trimtab.ui.page.api import Api
+from trimtab.ui.page.build_tab import BuildTab
 from trimtab.ui.page.chat_tab import ChatTab
 from trimtab.ui.page.library_tab import LibraryTab
 from trimtab.ui.page.mount import PATH
@@ -40,6 +41,8 @@ def page(visitors: Visitors) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Chat", id="chat"):
                 chat = ChatTab(visitors)
+            with gr.Tab("Build", id="build") as build:
+                BuildTab(visitors, tab=build, tabs=tabs, chat=chat)
             with gr.Tab("Library", id="library") as library:
                 LibraryTab(visitors, tab=library, tabs=tabs, chat=chat)
         gr.on(

@@ -18,7 +18,7 @@ MAX_CHARS = 2**20
 """Characters that a field of the page takes; more goes through the command line."""
 
 _COLUMNS = re.compile(r"\t+|\s*\|\|\s*")
-_PLACE = re.compile(r"\b(?:pairs|texts)\[(\d+)\]")
+_PLACE = re.compile(r"\b(?:pairs|texts)\[(\d+)\](?:\.(\w+))?")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Pasted:
 
         def line(found: re.Match[str]) -> str:
             i = int(found[1])
-            return f"line {self.lines[i]}" if i < len(self.lines) else found[0]
+            if i >= len(self.lines):
+                return found[0]
+            return f"line {self.lines[i]}" + (f", {found[2]!r}," if found[2] else "")
 
         return _PLACE.sub(line, sentence)
 

@@ -29,9 +29,12 @@ class Upload:
         label: what the file is.
         elem_id: of the component.
         suffixes: what the browser offers first, such as `.gguf`.
+        most: bytes that it may have.
     """
 
-    def __init__(self, label: str, *, elem_id: str, suffixes: tuple[str, ...]) -> None:
+    def __init__(
+        self, label: str, *, elem_id: str, suffixes: tuple[str, ...], most: int = MAX_FILE_BYTES
+    ) -> None:
         self.place = gr.HTML(
             None,
             html_template=(
@@ -40,7 +43,7 @@ class Upload:
                 '<p class="tt-hint" role="status"></p>'
             ),
             js_on_load=_SCRIPT,
-            most=MAX_FILE_BYTES,
+            most=most,
             elem_id=elem_id,
         )
 

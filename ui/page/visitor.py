@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import gradio as gr
 
 from trimtab.ui.page.api import Api
+from trimtab.ui.page.build_watch import Watching
 from trimtab.ui.page.conversation import Conversation
 from trimtab.ui.page.library import Browsing
 
@@ -21,13 +22,13 @@ class Visitor:
     Attributes:
         api: the server, under the visitor's own key.
         chat: what was said to the model and answered, on both sides.
-        builds: ids of the builds started here.
+        watching: the build whose progress is shown.
         browsing: what the Library shows.
     """
 
     api: Api
     chat: Conversation = field(default_factory=Conversation)
-    builds: list[str] = field(default_factory=list)
+    watching: Watching = field(default_factory=Watching)
     browsing: Browsing = field(default_factory=Browsing)
     _model: str | None = None
 
@@ -40,6 +41,11 @@ class Visitor:
         if self._model is None:
             self._model = str((await self.api.get("/v1/models"))["data"][0]["id"])
         return self._model
+
+    def stop(self) -> None:
+        """End whatever runs for this visitor."""
+        for running in (self.chat, self.watching):
+            running.stop()
 
     def use_key(self, key: str) -> None:
         """Talk to the server under another key."""
@@ -69,11 +75,11 @@ class Visitors:
         self._known[name] = visitor
         while len(self._known) > MAX_VISITORS:
             _, oldest = self._known.popitem(last=False)
-            oldest.chat.stop()
+            oldest.stop()
         return visitor
 
     def leave(self, request: gr.Request) -> None:
         """Forget a visitor whose tab was closed, and end what runs for it."""
         visitor = self._known.pop(request.session_hash or "", None)
         if visitor is not None:
-            visitor.chat.stop()
+            visitor.stop()
