@@ -111,7 +111,7 @@ class LibraryTab:
         gr.on([tab.select, self.refresh.click], self._opened, choices, all_of_it, **_LIVE)
         self.kind.input(self._another_kind, choices, all_of_it, **_LIVE)
         gr.on(
-            [self.search.input, self.order.change],
+            [self.search.change, self.order.change],
             self._listed,
             [self.kind, self.search, self.order],
             self.list,
