@@ -124,7 +124,8 @@ def test_a_vector_is_looked_at_compared_tried_and_taken_home(open_page, served_p
 def test_a_vector_is_deleted_after_a_question_and_leaves_the_chat(open_page, served_page, http):
     """Catches a deletion by one press, one that hides what it breaks, a chat that offers it still."""
     store(http, "zen")
-    gated = {"ablate": [{"id": "zen", "when": {"probe": "tone/casual", "above": 0.5}}]}
+    gate = {"probe": "tone/casual", "above": 0.5}
+    gated = {"ablate": [{"id": "zen", "layers": [20], "when": gate}]}
     assert http.put("presets/deep", json=gated).status_code == 201
     page = open_library(open_page(), served_page)
     choose(page, "zen")
