@@ -24,7 +24,9 @@ Text = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 def _option(value: Any) -> Any:
-    if isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 200):
+    if isinstance(value, int | float) and abs(value) <= 2**63:
+        return value
+    if isinstance(value, str) and len(value) <= 200:
         return value
     raise ValueError("must be a boolean, a number or a text of at most 200 characters")
 

@@ -136,6 +136,7 @@ class Stages:
                 # Steps that cannot be counted have no bar; the line says what is waited for.
                 say(f"{name} ...")
         if self._bar is not None and done is not None:
+            self._bar.total = total  # a stage may find that there is more to do
             self._bar.update(done - self._bar.n)
 
     def close(self) -> None:

@@ -1,0 +1,99 @@
+"""The page alone, for a server that runs elsewhere and asks for keys."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from running_server import NAME, Served, running
+from serving_fakes import FakeEngine, model_ref, toy_vector
+
+from trimtab.serving.settings import ServerSettings
+from trimtab.steering.store import Store
+from trimtab.ui.page.api import Api
+from trimtab.ui.page.app import page_app
+from trimtab.ui.page.mount import PATH
+
+pytestmark = pytest.mark.browser
+
+KEY = "a-secret"
+
+
+@pytest.fixture
+def keyed(tmp_path: Path) -> Iterator[Served]:
+    """A server that asks for a key; its engine says letters."""
+    store = Store(tmp_path / "store")
+    store.put_vector(toy_vector("warm", ref=model_ref()))
+    settings = ServerSettings(served_model_name=NAME, api_keys=(KEY,))
+    with running(
+        FakeEngine(), store, settings=settings, headers={"authorization": f"Bearer {KEY}"}
+    ) as served:
+        yield served
+
+
+@pytest.fixture
+def alone(keyed: Served) -> Iterator[str]:
+    """The page's address."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        page_app(Api(keyed.url)), log_level="critical", ws="none", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        end = time.monotonic() + 30
+        while not server.started:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}{PATH}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        listening.close()
+        assert not thread.is_alive()
+
+
+def test_a_key_is_its_visitors_own(open_page, alone, keyed):
+    """Catches a key that one visitor enters and all others then use, or that stands in the page."""
+    page = open_page()
+    page.goto(alone)
+    page.wait_for_selector("#server-key input")
+    page.fill("#server-key input", "wrong")
+    page.click("#use-key")
+    page.wait_for_selector("#notice .tt-problem")
+    assert "not one of this server's" in page.inner_text("#notice")
+    page.fill("#server-key input", KEY)
+    page.click("#use-key")
+    page.wait_for_selector('[data-key="vector-warm"]')
+    assert NAME in page.inner_text("#title")
+    page.click("#send")
+    page.wait_for_selector('#stage [data-side="steered"] .tt-answer span')
+    assert KEY not in page.content()
+    other = open_page()
+    other.goto(alone)
+    other.wait_for_selector("#server-key input")
+    assert other.locator('[data-key="vector-warm"]').count() == 0
+
+
+def test_a_server_that_is_gone_is_a_sentence(open_page, alone, keyed):
+    """Catches a page that hangs, or shows a traceback, when its server ends."""
+    keyed.server.should_exit = True
+    end = time.monotonic() + 30
+    while keyed.server.started and not keyed.server.force_exit:
+        try:
+            socket.create_connection(("127.0.0.1", int(keyed.url.rpartition(":")[2])), 1).close()
+        except OSError:
+            break
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    page = open_page()
+    page.goto(alone)
+    page.wait_for_selector("#notice .tt-problem")
+    assert "cannot be reached" in page.inner_text("#notice")
+    assert "trimtab serve" in page.inner_text("#notice")
