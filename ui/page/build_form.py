@@ -35,6 +35,7 @@ class PastedExamples:
 
     def __init__(self, label: str, *, hint: str, elem_id: str, notice: gr.HTML) -> None:
         self.text = gr.Textbox(
+            "",
             label=label,
             info=hint,
             lines=8,

@@ -42,12 +42,12 @@ class BuildOutcome:
 
     def __init__(self, visitors: Visitors, notice: gr.HTML) -> None:
         self.visitors, self.notice = visitors, notice
-        with gr.Row(equal_height=True):
+        with gr.Row():
             self.which = gr.Dropdown(
                 [], label="Builds on this server", elem_id="build-which", scale=4, min_width=180
             )
             self.cancel = gr.Button(
-                "Cancel", elem_id="build-cancel", interactive=False, min_width=90
+                "Cancel", elem_id="build-cancel", interactive=False, min_width=90, scale=1
             )
         self.stage = gr.HTML("", elem_id="build-stage")
         self.progress = gr.HTML("", elem_id="build-progress")

@@ -24,6 +24,7 @@ class ClassifierForm:
 
     def __init__(self, notice: gr.HTML) -> None:
         self.name = gr.Textbox(
+            "",
             label="Name",
             placeholder="letters, digits, . _ -",
             max_length=MAX_NAME,
@@ -62,7 +63,10 @@ class ClassifierForm:
         )
         with gr.Accordion("More", open=False):
             self.description = gr.Textbox(
-                label="Description", max_length=MAX_WORDS, elem_id="build-classifier-description"
+                "",
+                label="Description",
+                max_length=MAX_WORDS,
+                elem_id="build-classifier-description",
             )
             self.seed = gr.Number(0, label="Seed of the split and the weights", precision=0)
         self.replaces = gr.Checkbox(

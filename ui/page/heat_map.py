@@ -60,13 +60,15 @@ def _map(record: Record, found: LayerMap) -> str:
         effect.append((_layers(layers), [cell for cell, _ in cells]))
         damage.append((_layers(layers), [cell for _, cell in cells]))
     return heat_table(
-        f"Effect, nats a token: how far preferred answers gain. {_TOWARD} Orange: away. {_KEY}",
-        "layers / scale",
+        f"Effect by layers and scale, nats a token: how far preferred answers gain. {_TOWARD} "
+        f"Orange: away. {_KEY}",
+        "layers",
         columns,
         effect,
     ) + heat_table(
-        f"Damage: rise of perplexity on neutral text. The more orange, the worse. {_KEY}",
-        "layers / scale",
+        "Damage by layers and scale: rise of perplexity on neutral text. The more orange, the "
+        f"worse. {_KEY}",
+        "layers",
         columns,
         damage,
     )

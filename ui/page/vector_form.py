@@ -34,6 +34,7 @@ class VectorForm:
 
     def __init__(self, notice: gr.HTML) -> None:
         self.name = gr.Textbox(
+            "",
             label="Name",
             placeholder="letters, digits, . _ -",
             max_length=MAX_NAME,
@@ -57,12 +58,14 @@ class VectorForm:
             self.pairs = pasted.text
         with gr.Column(visible=False) as words_box:
             self.describe = gr.Textbox(
+                "",
                 label="Toward",
                 placeholder="warm and kind",
                 max_length=MAX_WORDS,
                 elem_id="build-describe",
             )
             self.against = gr.Textbox(
+                "",
                 label="Away from",
                 placeholder="cold and distant",
                 max_length=MAX_WORDS,
@@ -86,7 +89,7 @@ class VectorForm:
         )
         with gr.Accordion("More", open=False):
             self.description = gr.Textbox(
-                label="Description", max_length=MAX_WORDS, elem_id="build-vector-description"
+                "", label="Description", max_length=MAX_WORDS, elem_id="build-vector-description"
             )
             self.position = gr.Textbox(
                 "mean",
@@ -95,6 +98,7 @@ class VectorForm:
                 elem_id="build-vector-position",
             )
             self.options = gr.Textbox(
+                "",
                 label="The method's options, name = value a line",
                 lines=2,
                 max_length=2000,
