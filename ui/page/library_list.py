@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import datetime
 from html import escape
 from typing import Any
@@ -110,19 +109,13 @@ def _preset(card: dict[str, Any]) -> str:
     return "; ".join(f"{item.kind} {item.id}" for item in named(card["spec"]))
 
 
-_FACTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "vector": _vector,
-    "classifier": _classifier,
-    "preset": _preset,
-}
-
-
 def _lines(card: dict[str, Any], kind: str) -> list[str]:
     if kind == "preset":
         return [_preset(card), f"model {card['model']}"]
     by = f"by trimtab {card['trimtab_version']}" if card["trimtab_version"] else ""
     origin = [f"from {built_from(card)}", weights(card), f"{made(card['created'])} {by}".strip()]
-    return [_FACTS[kind](card), ", ".join(filter(None, origin)), card["description"]]
+    facts = _vector(card) if kind == "vector" else _classifier(card)
+    return [facts, ", ".join(filter(None, origin)), card["description"]]
 
 
 def _has(card: dict[str, Any], kind: str, search: str) -> bool:

@@ -122,7 +122,7 @@ def test_a_vector_is_looked_at_compared_tried_and_taken_home(open_page, served_p
 
 
 def test_a_vector_is_deleted_after_a_question_and_leaves_the_chat(open_page, served_page, http):
-    """Catches a deletion by one press, one that hides what it breaks, a chat that offers it still."""
+    """Catches a deletion by one press, one that hides what it breaks, a chat that offers it."""
     store(http, "zen")
     gate = {"probe": "tone/casual", "above": 0.5}
     gated = {"ablate": [{"id": "zen", "layers": [20], "when": gate}]}
