@@ -53,7 +53,7 @@ class BuildTab:
                     self.classifier = ClassifierForm(self.notice)
                 self.start = gr.Button("Build", variant="primary", elem_id="build-start")
                 self.notice.render()
-            with gr.Column(scale=3, min_width=300):
+            with gr.Column(scale=3, min_width=300, elem_id="build-outcome"):
                 self.outcome = BuildOutcome(visitors, self.notice)
         self.outcome.wire(tabs=tabs, chat=chat)
         self.kind.change(
@@ -113,6 +113,8 @@ class BuildTab:
         visitor = self.visitors.of(request)
         n = len(self.vector.inputs)
         pasted: Pasted | None = None
+        # What was wrong before is not wrong now, and the same again is spoken again.
+        yield self.outcome.said("")
         try:
             # In a thread: a megabyte of examples takes a while to read.
             if kind == "vector":
@@ -123,7 +125,7 @@ class BuildTab:
         except TrimtabError as error:
             said = error.message if pasted is None else pasted.in_lines(error.message)
             if isinstance(error, RefusedError) and error.http_status == _TAKEN:
-                said += " The box to tick for that is above the button."
+                said += f" Here, tick that a {kind} of this name is replaced."
             yield self.outcome.said(problem(said))
             return
         async for shown in self.outcome.follow(visitor, state["id"]):

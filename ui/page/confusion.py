@@ -1,4 +1,4 @@
-"""What a classifier takes for what, on texts that training held back."""
+"""What a classifier takes for what, on hidden states of texts that training held back."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def _matrix(confusion: list[list[int]], labels: list[str], layer: int) -> str:
         cells = []
         for j, count in enumerate(counts):
             share = count / n if n else 0.0
-            title = f"{count} of {n} texts of {label} read as {labels[j]}"
+            title = f"{count} of {n} states of {label} read as {labels[j]}"
             way = 1 if i == j else -1
             cells.append(Cell(f"{share:.0%} ({count})" if n else "-", way * share, title))
         rows.append((label, cells))
     return heat_table(
-        f"Truth (rows) and what was read at layer {layer} (columns): share of the row, and texts. "
+        f"Truth (rows) and what was read at layer {layer} (columns): share of the row, and states. "
         "Blue, the diagonal: right. Orange: taken for another.",
         "truth",
         [f"read as {label}" for label in labels],
@@ -89,15 +89,15 @@ def _each(
             (
                 label,
                 [
-                    _part(one.tp, has, 1, f"{one.tp} of {has} texts with {label} found"),
-                    _part(one.fn, has, -1, f"{one.fn} of {has} texts with {label} missed"),
-                    _part(one.fp, lacks, -1, f"{one.fp} of {lacks} texts without {label} taken"),
+                    _part(one.tp, has, 1, f"{one.tp} of {has} states with {label} found"),
+                    _part(one.fn, has, -1, f"{one.fn} of {has} states with {label} missed"),
+                    _part(one.fp, lacks, -1, f"{one.fp} of {lacks} states without {label} taken"),
                     Cell("-" if area is None else f"{area:.2f}"),
                 ],
             )
         )
     return heat_table(
-        f"Each label at layer {layer}: shares of the texts with and without it. Blue: right. "
+        f"Each label at layer {layer}: shares of the states with and without it. Blue: right. "
         "Orange: wrong.",
         "label",
         ["found", "missed", "falsely found", "AUROC"],

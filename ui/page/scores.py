@@ -52,7 +52,7 @@ def scores_html(card: dict[str, Any]) -> str:
                     Cell(
                         "-" if scores.accuracy is None else f"{accuracy:.1%}",
                         max(0.0, 2 * accuracy - 1),
-                        f"layer {layer}, {scores.n} texts",
+                        f"layer {layer}, {scores.n} states",
                         is_marked=layer == card["probe_layer"],
                     ),
                     _number(scores.macro_f1),
