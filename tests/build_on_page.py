@@ -11,7 +11,22 @@ if TYPE_CHECKING:
 PATIENCE_MS = 90_000
 PAIRS = "\n".join(
     f"What do you think of {thing}? || I love {thing}, how bright! || I hate {thing}, how dull."
-    for thing in ("rain", "tea", "trains", "music", "winter", "chess", "books", "bread", "stars")
+    for thing in [
+        "rain",
+        "tea",
+        "trains",
+        "music",
+        "winter",
+        "chess",
+        "books",
+        "bread",
+        "stars",
+        "cities",
+        "gardens",
+        "oceans",
+        "dogs",
+        "snow",
+    ]
 )
 
 
@@ -49,15 +64,24 @@ class BuildPage:
         self.type("build-pairs", text)
 
     def start(self) -> None:
-        """Press Build."""
+        """Press Build. What was wrong before is marked, so that it is not taken for an answer."""
+        self.page.evaluate(
+            "document.querySelector('#build-notice .tt-problem')?.setAttribute('data-old', '')"
+        )
         self.page.click("#build-start")
 
     def problem(self) -> str:
         """Wait for what is wrong."""
-        self.page.wait_for_selector("#build-notice .tt-problem")
+        self.page.wait_for_selector("#build-notice .tt-problem:not([data-old])")
         return self.page.inner_text("#build-notice")
 
     def end(self) -> str:
-        """Wait for how a build ended."""
-        self.page.wait_for_selector("#build-end .tt-notice")
+        """Wait for how a build ended.
+
+        Raises:
+            AssertionError: it never began.
+        """
+        problem = "#build-notice .tt-problem:not([data-old])"
+        self.page.wait_for_selector(f"#build-end .tt-notice, {problem}")
+        assert not self.page.locator(problem).count(), self.page.inner_text(problem)
         return self.page.inner_text("#build-end")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from build_on_page import PAIRS, BuildPage
-from chat_on_page import ChatPage
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -45,7 +44,7 @@ def test_pasted_pairs_become_a_vector_that_steers_the_chat(open_page, served_pag
     assert page.evaluate("window.seen.length"), "it showed no progress"
     assert "Not calibrated" in page.inner_text("#build-result")
     card = asked(f"{served_page.url}/v1/steering/vectors/cheery")
-    assert card["data"]["n_fit"] + card["data"]["n_calibration"] + card["data"]["n_held"] == 9
+    assert card["data"]["n_fit"] + card["data"]["n_calibration"] + card["data"]["n_held"] == 14
 
     with page.expect_download() as download:
         page.click("#build-gguf")
@@ -56,11 +55,9 @@ def test_pasted_pairs_become_a_vector_that_steers_the_chat(open_page, served_pag
     assert "already" in build.problem()
     page.click("#build-try")
     page.wait_for_selector('[data-key="vector-cheery"]', state="visible")
-    chat = ChatPage.__new__(ChatPage)
-    chat.page = page
-    chat.choose(prompt="Is it far?", max_tokens=8)
-    chat.send()
-    chat.wait()
+    page.fill("#prompt textarea", "Is it far?")
+    page.click("#send")
+    page.wait_for_selector('#stage [data-side="steered"] .tt-foot:has-text("cheery")')
     assert "+1 cheery at layer" in page.inner_text('#stage [data-side="steered"]')
 
 
