@@ -82,10 +82,13 @@ def weights(card: dict[str, Any]) -> str:
 
 
 def built_from(card: dict[str, Any]) -> str:
-    """Return the name of the data something was built on, and how many examples of it."""
+    """Return the name of the data something was built on, and how many examples of it.
+
+    What was held back took no part.
+    """
     data = card["data"]
-    counts = sizes(data)
-    size = f" ({sum(counts.values())} examples)" if counts else ""
+    counts = [n for part, n in sizes(data).items() if part != "held"]
+    size = f" ({sum(counts)} examples)" if counts else ""
     return f"{data['name']}{size}" if "name" in data else "unknown data"
 
 

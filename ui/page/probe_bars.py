@@ -14,7 +14,7 @@ _SHARES = TypeAdapter(list[Annotated[float, Field(ge=0, le=1)]])
 
 
 def probe_bars_html(card: dict[str, Any]) -> str:
-    """Return the shares of held-out texts that a vector's probe puts on their side, by layer.
+    """Return the shares of texts kept from the fit that a probe puts on their side, by layer.
 
     Args:
         card: a vector's.
@@ -39,7 +39,7 @@ def probe_bars_html(card: dict[str, Any]) -> str:
         for layer, share in zip(layers, shares, strict=True)
     )
     return (
-        f"{head} Right on held-out texts: {best:.1%} at {at_best}, {worst:.1%} at {at_worst}; "
+        f"{head} Right on pairs kept from its fit: {best:.1%} at {at_best}, {worst:.1%} at {at_worst}; "
         "guessing is right on half, where bars begin.</p>"
         '<div class="tt-bars-box" tabindex="0" role="region" '
         f'aria-label="Probe accuracy by layer"><div class="tt-bars tt-shares">{bars}</div></div>'

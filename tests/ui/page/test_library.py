@@ -148,7 +148,13 @@ def test_origin_is_told_in_full():
 
     vector = replace(
         toy_vector("v", ref=model_ref(quantization="nvfp4 gptq")),
-        data={"name": "letters", "sha256": "ab" * 32, "n_fit": 36, "probe_accuracy": [0.5, 0.75]},
+        data={
+            "name": "letters",
+            "sha256": "ab" * 32,
+            "n_fit": 36,
+            "n_held": 9,
+            "probe_accuracy": [0.5, 0.75],
+        },
         settings={"position": "mean"},
         probe=torch.ones(2, 2),
         probe_layer=1,
@@ -159,7 +165,7 @@ def test_origin_is_told_in_full():
     library = library_of(vectors=[vector], presets=[preset("uses", {"vectors": [{"id": "v"}]})])
     html = detail(Item("vector", "v"), library)
     for told in (
-        "letters, 36 fit",
+        "letters, 36 fit, 9 held",
         "position mean",
         "nvfp4 gptq",
         "2026-11-21 08:02",
@@ -170,6 +176,7 @@ def test_origin_is_told_in_full():
     assert f'title="{"ab" * 32}">abababababab…' in html
     assert f'title="{"f" * 64}"' in html
     assert "75.0% at layer 1" in html
+    assert "from letters (36 examples)" in list_html(library, "vector")
     assert "Named by the preset uses." in html
     assert "raw length" in html  # not calibrated
 
