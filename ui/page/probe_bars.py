@@ -39,8 +39,8 @@ def probe_bars_html(card: dict[str, Any]) -> str:
         for layer, share in zip(layers, shares, strict=True)
     )
     return (
-        f"{head} Right on pairs kept from its fit: {best:.1%} at {at_best}, {worst:.1%} at {at_worst}; "
-        "guessing is right on half, where bars begin.</p>"
+        f"{head} Right on pairs kept from its fit: {best:.1%} at {at_best}, {worst:.1%} at "
+        f"{at_worst}; guessing is right on half, where bars begin.</p>"
         '<div class="tt-bars-box" tabindex="0" role="region" '
         f'aria-label="Probe accuracy by layer"><div class="tt-bars tt-shares">{bars}</div></div>'
     )
