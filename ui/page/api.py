@@ -14,6 +14,8 @@ from trimtab.ui.client import ServerError, is_local, refusal, server_root
 # A server that loads a model, or lets a request wait in its queue, may be silent for long.
 _READ_S = 600.0
 _CONNECT_S = 5.0
+# What the page passes on between browser and server in one piece.
+MAX_FILE_BYTES = 32 * 2**20
 
 
 class RefusedError(ServerError):
@@ -54,8 +56,21 @@ class Api:
         return _json(await self._answer("GET", path, params=query), self.url)
 
     async def get_bytes(self, path: str, **query: Any) -> bytes:
-        """Return the body of a GET."""
-        return await self._answer("GET", path, params=query)
+        """Return the body of a GET, at most `MAX_FILE_BYTES` of it.
+
+        Raises:
+            ServerError: it is longer.
+        """
+        data = bytearray()
+        async with self._sent("GET", path, params=query) as answer:
+            async for chunk in answer.aiter_bytes():
+                data += chunk
+                if len(data) > MAX_FILE_BYTES:
+                    raise ServerError(
+                        f"This file is longer than the {MAX_FILE_BYTES // 2**20} MiB that the page "
+                        f"passes on. Fetch it with: curl -OJ '{answer.url}'"
+                    )
+        return bytes(data)
 
     async def post(self, path: str, body: dict[str, Any]) -> Any:
         """Return the JSON of a POST."""
@@ -64,6 +79,10 @@ class Api:
     async def put(self, path: str, body: Any) -> Any:
         """Return the JSON of a PUT."""
         return _json(await self._answer("PUT", path, json=body), self.url)
+
+    async def put_bytes(self, path: str, data: bytes) -> Any:
+        """Return the JSON of a PUT whose body is a file."""
+        return _json(await self._answer("PUT", path, content=data), self.url)
 
     async def delete(self, path: str) -> Any:
         """Return the JSON of a DELETE."""

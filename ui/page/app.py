@@ -16,14 +16,16 @@ from fastapi import FastAPI
 
 from trimtab.ui.heat_map import style as heat_map_style
 from trimtab.ui.page.api import Api
+from trimtab.ui.page.bounds import Bounds
+from trimtab.ui.page.build_tab import BuildTab
 from trimtab.ui.page.chat_tab import ChatTab
+from trimtab.ui.page.library_tab import LibraryTab
 from trimtab.ui.page.mount import PATH
 from trimtab.ui.page.shell import Shell
 from trimtab.ui.page.visitor import Visitors
 from trimtab.ui.page.welcome import Welcome
 from trimtab.ui.page.why_tab import WhyTab
 
-MAX_UPLOAD_BYTES = 4 * 2**20
 _STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 # Fonts that are there: none is fetched.
 _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
@@ -38,11 +40,15 @@ def page(visitors: Visitors) -> gr.Blocks:
     """
     with gr.Blocks(title="trimtab", analytics_enabled=False, fill_width=True) as blocks:
         welcome = Welcome(visitors)
-        with gr.Tabs(elem_id="tabs"):
+        with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Chat", id="chat"):
                 chat = ChatTab(visitors)
             with gr.Tab("Why", id="why") as why:
                 WhyTab(visitors, why)
+            with gr.Tab("Build", id="build") as build:
+                BuildTab(visitors, tab=build, tabs=tabs, chat=chat)
+            with gr.Tab("Library", id="library") as library:
+                LibraryTab(visitors, tab=library, tabs=tabs, chat=chat)
         gr.on(
             [blocks.load, welcome.entered],
             welcome.greet,
@@ -80,7 +86,6 @@ def page_app(api: Api) -> FastAPI:
         run_history=False,
         ssr_mode=False,
         show_error=False,
-        max_file_size=MAX_UPLOAD_BYTES,
         # Gradio's own schema would list every button as an API.
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
     )
@@ -95,5 +100,6 @@ def page_app(api: Api) -> FastAPI:
                 await api.close()
 
     app.router.lifespan_context = closing
+    app.add_middleware(Bounds)
     app.add_middleware(Shell)
     return app

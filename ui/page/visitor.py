@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import gradio as gr
 
 from trimtab.ui.page.api import Api
+from trimtab.ui.page.build_watch import Watching
 from trimtab.ui.page.conversation import Conversation
+from trimtab.ui.page.library import Browsing
 from trimtab.ui.page.why_run import Explaining
 
 MAX_VISITORS = 1000
@@ -22,13 +24,15 @@ class Visitor:
         api: the server, under the visitor's own key.
         chat: what was said to the model and answered, on both sides.
         explaining: what attributes an answer.
-        builds: ids of the builds started here.
+        watching: the build whose progress is shown.
+        browsing: what the Library shows.
     """
 
     api: Api
     chat: Conversation = field(default_factory=Conversation)
     explaining: Explaining = field(default_factory=Explaining)
-    builds: list[str] = field(default_factory=list)
+    watching: Watching = field(default_factory=Watching)
+    browsing: Browsing = field(default_factory=Browsing)
     _model: str | None = None
 
     async def model(self) -> str:
@@ -43,7 +47,7 @@ class Visitor:
 
     def stop(self) -> None:
         """End whatever runs for this visitor."""
-        for running in (self.chat, self.explaining):
+        for running in (self.chat, self.explaining, self.watching):
             running.stop()
 
     def use_key(self, key: str) -> None:

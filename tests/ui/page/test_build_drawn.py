@@ -1,0 +1,136 @@
+"""The Build tab in a real browser, before a server that answers what it is told to."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+from build_on_page import BuildPage
+from fastapi import FastAPI
+from starlette.responses import JSONResponse
+
+from trimtab.ui.page.api import Api
+from trimtab.ui.page.app import page_app
+from trimtab.ui.page.mount import PATH
+
+pytestmark = pytest.mark.browser
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+SCALES = [-1.0, 0.5, 1.0, 2.0, 4.0]
+LAYERS = [[8], [10], [12], [10, 11, 12]]
+
+
+def done_build() -> dict[str, Any]:
+    """A vector's build with a map, whose problem was written by a stranger."""
+    record = {
+        "criteria": {"max_rise": 0.08},
+        "n_pairs": 9,
+        "candidates": [{"layers": layers, "dose": 0.1, "effect": 0.2} for layers in LAYERS],
+        "curve": [{"scale": s, "margin": s / 5, "rise": s * s / 25} for s in (-1.0, 0.0, *SCALES)],
+        "knee": {"layers": [10, 11, 12], "dose": 0.05, "is_clean": False, "problem": HOSTILE},
+        "map": {
+            "layers": LAYERS,
+            "scales": SCALES,
+            "dose": 0.05,
+            "effect": [[s / 5 for s in SCALES]] * len(LAYERS),
+            "rise": [[s * s / 25 for s in SCALES]] * len(LAYERS),
+        },
+    }
+    return {
+        "id": "build-1",
+        "kind": "vector",
+        "artifact": "warm",
+        "status": "done",
+        "stage": "storing",
+        "done": 1,
+        "total": 1,
+        "position": 0,
+        "elapsed_s": 3.0,
+        "error": None,
+        "result": {"id": "warm", "calibration": record, "default_layers": [10, 11, 12]},
+    }
+
+
+def told(builds: list[dict[str, Any]], *, refusal: str | None = None) -> FastAPI:
+    """Return a server with these builds, or one that refuses to build."""
+    app = FastAPI()
+    example = {"preferred": "yes", "dispreferred": "no"}
+    concept = {"id": "warm", "kind": "vector", "n_build": 4, "n_held": 2, "example": example}
+    method = {"id": "mean", "is_default": True, "summary": "Sums.", "source": "A.", "options": {}}
+    lists = {
+        "models": [{"id": "toy"}],
+        "steering/vectors": [],
+        "steering/classifiers": [],
+        "steering/presets": [],
+        "steering/concepts": [concept],
+        "steering/methods": [method],
+        "steering/builds": builds,
+    }
+
+    @app.api_route("/v1/{path:path}", methods=["GET", "POST"])
+    async def answer(path: str) -> JSONResponse:
+        if path.startswith("steering/builds") and refusal:
+            return JSONResponse({"error": {"message": refusal}}, status_code=501)
+        if path == "steering/builds/build-1":
+            return JSONResponse(builds[0])
+        return JSONResponse({"object": "list", "data": lists[path]})
+
+    return app
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """Serve an app on loopback, and give its address."""
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{port.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=30)
+            assert not thread.is_alive()
+
+
+@contextmanager
+def page_before(server: FastAPI) -> Iterator[str]:
+    """Give the address of the page of a server."""
+    with ExitStack() as running:
+        url = running.enter_context(listening(server))
+        yield running.enter_context(listening(page_app(Api(url)))) + PATH + "/"
+
+
+@pytest.mark.parametrize(("width", "is_dark"), [(1280, False), (390, True)])
+def test_what_was_measured_is_drawn_at_any_width(open_page, width, is_dark):
+    """Catches maps that make the page scroll sideways, a lost knee, and text that is obeyed."""
+    with page_before(told([done_build()])) as url:
+        page = open_page(width=width, is_dark=is_dark)
+        BuildPage(page, url)
+        page.click("#build-which input")
+        page.get_by_role("option", name="vector warm: is built").click()
+        page.wait_for_selector("#build-result .tt-heat")
+        knees = page.locator("#build-result .tt-maps .tt-knee")
+        assert knees.all_inner_texts() == ["◆+0.20", "◆+4%"]
+        outline = knees.first.evaluate("at => getComputedStyle(at).outlineStyle")
+        assert outline == "solid"
+        assert f"Not clean: {HOSTILE}" in page.inner_text("#build-result")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        drawn = page.locator("#build-result svg").bounding_box()
+        assert drawn is not None
+        assert 0 <= drawn["x"] <= drawn["x"] + drawn["width"] <= width
+
+
+def test_a_server_that_cannot_build_says_so(open_page):
+    """Catches a tab that looks ready on an engine that has the model elsewhere."""
+    with page_before(told([], refusal="This engine cannot build with the model.")) as url:
+        build = BuildPage(open_page(), url)
+        assert "cannot build with the model" in build.problem()
+        build.start()
+        assert "cannot build with the model" in build.problem()

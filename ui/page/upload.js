@@ -1,0 +1,20 @@
+// `props.value` becomes the chosen file: its name, and its bytes in base64. It leaves the browser
+// with the event that has it as an input. `props.most` is how many bytes it may have.
+const input = element.querySelector("input");
+const said = element.querySelector("p");
+input.addEventListener("change", () => {
+  const file = input.files[0];
+  props.value = null;
+  said.textContent = "";
+  if (!file) return;
+  if (file.size > props.most) {
+    input.value = "";
+    said.textContent = `${file.name} is longer than ${props.most / 2 ** 20} MiB; send it to the API yourself.`;
+    return;
+  }
+  const reader = new FileReader();
+  reader.onload = () => { props.value = { name: file.name, data: reader.result.split(",")[1] || "" }; };
+  reader.onerror = () => { said.textContent = `${file.name} cannot be read: ${reader.error.message}`; };
+  reader.readAsDataURL(file);
+});
+watch("value", () => { if (!props.value) input.value = ""; });
