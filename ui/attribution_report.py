@@ -5,12 +5,11 @@ Works on the wire form, `Attribution.to_dict()`, so that it serves an answer of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-from trimtab.ui.attribution_pieces import Piece, pieces_of
+from trimtab.ui.attribution_scores import Scores
 from trimtab.ui.receipt_line import receipt_line
 
 UNIT = "nats"
@@ -23,50 +22,32 @@ _EXPLAINED = 0.5
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Scores):
     """An attribution with what is known beside it.
 
     Attributes:
         result: the wire form; `steering` in it is the receipt of what steered the model.
         answers: each answer's text by its name (`target`, or `preferred` and `dispreferred`).
         is_generated: the model gave the answer itself.
+        scale: as for `Scores`.
     """
 
     result: Mapping[str, Any]
     answers: Mapping[str, str] = field(default_factory=dict)
     is_generated: bool = False
+    scale: float | None = None
 
-    @cached_property
-    def pieces(self) -> list[Piece]:
-        """The prompt, first to last."""
-        return pieces_of(self.result["input"])
-
-    @cached_property
-    def scored(self) -> list[Piece]:
-        """The pieces that have a score, the strongest first."""
-        scored = [piece for piece in self.pieces if piece.score is not None]
-        return sorted(scored, key=lambda piece: -abs(piece.score or 0.0))
-
-    @cached_property
-    def end(self) -> float:
-        """The colour scale's end: the 99th percentile of the scores' sizes, at least 1e-9."""
-        sizes = sorted(abs(piece.score or 0.0) for piece in self.scored)
-        if not sizes:
-            return 1e-9
-        at = 0.99 * (len(sizes) - 1)
-        low = int(at)
-        high = min(low + 1, len(sizes) - 1)
-        return max(sizes[low] + (at - low) * (sizes[high] - sizes[low]), 1e-9)
+    @property
+    def tokens(self) -> Sequence[dict[str, Any]]:
+        """The prompt's tokens, first to last."""
+        tokens: Sequence[dict[str, Any]] = self.result["input"]
+        return tokens
 
     @property
     def unit(self) -> str:
         """What the scores are in."""
         unit: str = self.result["summary"]["units"]
         return unit
-
-    def share(self, piece: Piece) -> float:
-        """Return a piece's score as a share of the scale, -1 to 1; 0 for one without a score."""
-        return max(-1.0, min(1.0, (piece.score or 0.0) / self.end))
 
     # --- in words
 
@@ -138,22 +119,31 @@ class Report:
     @property
     def doubt(self) -> str | None:
         """A warning, where too much is missed to trust the scores, with what mends it."""
+        if self.warning is None:
+            return None
+        told, remedy = self.warning
+        options = " ".join(f"--set {name}={value}" for name, value in remedy.items())
+        return f"{told} Try {options}." if remedy else told
+
+    @property
+    def warning(self) -> tuple[str, dict[str, int]] | None:
+        """The same in two parts: the sentence, and the method's options that mend it."""
         objective, summary = self.result["objective"], self.result["summary"]
         params = self.result["params"]
         if params.get("explained", 1.0) < _EXPLAINED:
-            more = f"--set samples={4 * params['samples']}"
-            return f"That is little: do not trust the order of these scores. Try {more}."
+            told = "That is little: do not trust the order of these scores."
+            return told, {"samples": 4 * params["samples"]}
         # Others than a path integral may miss much of the difference and still rank well.
         if summary["error_bound"] is None or summary["residual"] is None:
             return None
         difference = abs(objective["value"] - objective["baseline_value"])
         if abs(summary["residual"]) <= max(_DOUBTFUL * difference, _EXACT):
             return None
-        more = f" Try --set points={2 * params['points'] - 1}." if "points" in params else ""
-        return (
+        told = (
             f"What was missed is over {_DOUBTFUL:.0%} of the difference: do not trust the order of "
-            f"these scores.{more}"
+            "these scores."
         )
+        return told, {"points": 2 * params["points"] - 1} if "points" in params else {}
 
     @property
     def steering(self) -> str | None:

@@ -51,7 +51,7 @@ class Page(HTMLParser):
         self.attributes |= set(named)
         if tag == "style":
             self._in = "style"
-        if named.get("class") == "prompt":
+        if named.get("class") == "tt-heat":
             self._in = "prompt"
         if self._in == "prompt" and tag == "span":
             self.titles.append(named["title"])
@@ -249,6 +249,6 @@ def test_page_shows_the_prompt_as_it_is():
 def test_page_strength_is_the_score():
     """Catches a page whose colours do not follow the scores."""
     source = attribution_page(Report(wire(("a", 1.0), ("b", -0.5), ("c", 0.0))))
-    strengths = re.findall(r'<span class="([pn]) a(\d+)"', source)
+    strengths = re.findall(r'<span class="tt-([pn]) tt-a(\d+)"', source)
     assert strengths == [("p", "100"), ("n", "51"), ("n", "0")]
-    assert ".a100{--a:1.00}" in source
+    assert ".tt-a100{--tt-a:100%}" in source

@@ -14,7 +14,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 from fastapi import FastAPI
 
+from trimtab.ui.heat_map import style as heat_map_style
 from trimtab.ui.page.api import Api
+from trimtab.ui.page.bounds import Bounds
 from trimtab.ui.page.build_tab import BuildTab
 from trimtab.ui.page.chat_tab import ChatTab
 from trimtab.ui.page.library_tab import LibraryTab
@@ -22,8 +24,8 @@ from trimtab.ui.page.mount import PATH
 from trimtab.ui.page.shell import Shell
 from trimtab.ui.page.visitor import Visitors
 from trimtab.ui.page.welcome import Welcome
+from trimtab.ui.page.why_tab import WhyTab
 
-MAX_UPLOAD_BYTES = 4 * 2**20
 _STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 # Fonts that are there: none is fetched.
 _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
@@ -41,6 +43,8 @@ def page(visitors: Visitors) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Chat", id="chat"):
                 chat = ChatTab(visitors)
+            with gr.Tab("Why", id="why") as why:
+                WhyTab(visitors, why)
             with gr.Tab("Build", id="build") as build:
                 BuildTab(visitors, tab=build, tabs=tabs, chat=chat)
             with gr.Tab("Library", id="library") as library:
@@ -77,12 +81,11 @@ def page_app(api: Api) -> FastAPI:
         page(Visitors(api)),
         path=PATH,
         theme=gr.themes.Base(font=_FONT, font_mono=_MONO, primary_hue="blue", neutral_hue="slate"),
-        css=_STYLE,
+        css=_STYLE + heat_map_style(),
         footer_links=[],
         run_history=False,
         ssr_mode=False,
         show_error=False,
-        max_file_size=MAX_UPLOAD_BYTES,
         # Gradio's own schema would list every button as an API.
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
     )
@@ -97,5 +100,6 @@ def page_app(api: Api) -> FastAPI:
                 await api.close()
 
     app.router.lifespan_context = closing
+    app.add_middleware(Bounds)
     app.add_middleware(Shell)
     return app

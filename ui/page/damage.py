@@ -6,7 +6,9 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 # Perplexity twice the unsteered model's: on neutral text, or of the steered text as the unsteered
 # model reads it.
@@ -15,6 +17,26 @@ _BROKEN_SURPRISE = 2.0
 _STEPS = 40
 
 LEVELS = ("fluent", "strained", "broken", "unmeasured")
+
+
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Point(BaseModel):
+    scale: _Number
+    rise: _Number
+    repetition: _Number
+    surprise: _Number
+
+
+class _Criteria(BaseModel):
+    max_rise: _Number
+    max_repetition: _Number
+
+
+class _Record(BaseModel):
+    curve: list[_Point]
+    criteria: _Criteria
 
 
 @dataclass(frozen=True)
@@ -35,14 +57,20 @@ def zones(calibration: dict[str, Any] | None, *, reach: float) -> list[Zone]:
     calibration accepts and above its value at scale 0; strained lies between.
 
     Args:
-        calibration: a vector's record, or None if it has none.
+        calibration: a vector's record, or None if it has none; one that trimtab did not write
+            measures nothing that is known here.
         reach: the slider's largest scale.
     """
-    points = sorted((calibration or {}).get("curve", ()), key=lambda point: point["scale"])
-    if calibration is None or len(points) < 2:
-        return [Zone(-reach, reach, "unmeasured")]
-    level_at = _judge(points, calibration["criteria"])
-    first, last = max(points[0]["scale"], -reach), min(points[-1]["scale"], reach)
+    unmeasured = [Zone(-reach, reach, "unmeasured")]
+    try:
+        record = _Record.model_validate(calibration)
+    except ValidationError:
+        return unmeasured
+    points = sorted({point.scale: point for point in record.curve}.values(), key=_scale)
+    if len(points) < 2 or points[0].scale >= reach or points[-1].scale <= -reach:
+        return unmeasured
+    level_at = _judge(points, record.criteria)
+    first, last = max(points[0].scale, -reach), min(points[-1].scale, reach)
     n = round((last - first) * _STEPS)
     found = [Zone(-reach, first, "unmeasured")] if first > -reach else []
     for i in range(n):
@@ -57,20 +85,24 @@ def zones(calibration: dict[str, Any] | None, *, reach: float) -> list[Zone]:
     return found
 
 
-def _judge(points: list[dict[str, float]], criteria: dict[str, float]) -> Callable[[float], str]:
-    zero = min(points, key=lambda point: abs(point["scale"]))
+def _scale(point: _Point) -> float:
+    return point.scale
+
+
+def _judge(points: list[_Point], criteria: _Criteria) -> Callable[[float], str]:
+    zero = min(points, key=lambda point: abs(point.scale))
     # Scale 1 was accepted, by limits that were met to within a few percent.
-    one = min(points, key=lambda point: abs(point["scale"] - 1))
-    fluent_rise = max(criteria["max_rise"], one["rise"])
-    most_repeated = max(zero["repetition"], one["repetition"]) + criteria["max_repetition"]
+    one = min(points, key=lambda point: abs(point.scale - 1))
+    fluent_rise = max(criteria.max_rise, one.rise)
+    most_repeated = max(zero.repetition, one.repetition) + criteria.max_repetition
 
     def level(scale: float) -> str:
-        rise = _between(points, scale, lambda point: math.log1p(max(point["rise"], -0.5)))
-        surprise = _between(points, scale, lambda point: point["surprise"])
-        repeated = _between(points, scale, lambda point: point["repetition"])
+        rise = _between(points, scale, lambda point: math.log1p(max(point.rise, -0.5)))
+        surprise = _between(points, scale, lambda point: point.surprise)
+        repeated = _between(points, scale, lambda point: point.repetition)
         if (
-            math.expm1(rise) >= _BROKEN_RISE
-            or surprise >= _BROKEN_SURPRISE * zero["surprise"]
+            rise >= math.log1p(_BROKEN_RISE)
+            or surprise >= _BROKEN_SURPRISE * zero.surprise
             or repeated > most_repeated
         ):
             return "broken"
@@ -79,11 +111,9 @@ def _judge(points: list[dict[str, float]], criteria: dict[str, float]) -> Callab
     return level
 
 
-def _between(
-    points: list[dict[str, float]], scale: float, value: Callable[[dict[str, float]], float]
-) -> float:
+def _between(points: list[_Point], scale: float, value: Callable[[_Point], float]) -> float:
     for below, above in itertools.pairwise(points):
-        if below["scale"] <= scale <= above["scale"]:
-            share = (scale - below["scale"]) / (above["scale"] - below["scale"])
+        if below.scale <= scale <= above.scale:
+            share = (scale - below.scale) / (above.scale - below.scale)
             return value(below) + share * (value(above) - value(below))
-    return value(points[0] if scale < points[0]["scale"] else points[-1])
+    return value(points[0] if scale < points[0].scale else points[-1])

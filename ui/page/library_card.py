@@ -11,7 +11,7 @@ from trimtab.ui.page.curve import curve_html
 from trimtab.ui.page.heat_map import heat_map_html
 from trimtab.ui.page.knee import knee_html
 from trimtab.ui.page.library import Item, Library, named
-from trimtab.ui.page.library_list import made, text, weights
+from trimtab.ui.page.library_list import made, sizes, text, weights
 from trimtab.ui.page.notice import note
 from trimtab.ui.page.probe_bars import probe_bars_html
 from trimtab.ui.page.scores import doses_html, scores_html
@@ -19,8 +19,6 @@ from trimtab.ui.receipt_line import spans
 
 _LONGEST = 300
 _HASH = 64
-# Drawn, not written out.
-_DRAWN = {"probe_accuracy", "skipped"}
 
 
 def card_html(item: Item, card: dict[str, Any], library: Library) -> str:
@@ -112,12 +110,16 @@ def _users(presets: list[str]) -> str:
 
 
 def _origin(card: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for holder in ("settings", "data"):
-        for key, value in card[holder].items():
-            if key not in _DRAWN:
-                name = f"data: {key}" if holder == "data" else key
-                yield name.removesuffix(": name").replace("_", " "), value
-    skipped = card["data"].get("skipped")
+    data = card["data"]
+    if card["settings"]:
+        yield "settings", ", ".join(f"{key} {_short(x)}" for key, x in card["settings"].items())
+    parts = [f"{n} {part}" for part, n in sizes(data).items()]
+    yield "data", ", ".join([str(data.get("name", "the file does not say")), *parts])
+    told = {"name", "probe_accuracy", "skipped", *(f"n_{part}" for part in sizes(data))}
+    for key, value in data.items():
+        if key not in told:
+            yield f"data's {key.removeprefix('n_')}", value
+    skipped = data.get("skipped")
     if isinstance(skipped, dict) and skipped:
         yield "left out", ", ".join(f"{n} with {why}" for why, n in skipped.items())
 
@@ -126,15 +128,21 @@ def _made(card: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     model = card["model"]
     size = f"{model['model_type']}, width {model['hidden_size']}"
     yield "model", f"{model['id']} ({size})"
-    yield "model's fingerprint", model["fingerprint"] or "the file does not say"
+    yield "fingerprint", model["fingerprint"] or "the file does not say"
     yield "measured on", weights(card)
     yield "made", f"{made(card['created']) or 'unknown'} UTC"
     yield "by", f"trimtab {card['trimtab_version']}" if card["trimtab_version"] else "unknown"
     yield "digest", card["digest"]
 
 
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _value(value: Any) -> str:
-    whole = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        value = ", ".join(f"{key} {_short(x)}" for key, x in value.items())
+    whole = _short(value)
     if len(whole) == _HASH and " " not in whole:
         return f'<code title="{text(whole)}">{text(whole[:12])}…</code>'
     if len(whole) > _LONGEST:

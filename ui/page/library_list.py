@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import datetime
 from html import escape
 from typing import Any
@@ -11,8 +10,9 @@ from trimtab.ui.page.library import KINDS, Item, Library, named
 from trimtab.ui.receipt_line import spans
 from trimtab.ui.visible_text import visible
 
-ORDERS = {"name, A to Z": "up", "name, Z to A": "down", "newest first": "new"}
+ORDERS = {"A to Z": "up", "Z to A": "down", "newest first": "new"}
 _LONGEST = 160
+_PARTS = ("fit", "calibration", "validation", "held")
 
 
 def list_html(
@@ -82,11 +82,20 @@ def weights(card: dict[str, Any]) -> str:
 
 
 def built_from(card: dict[str, Any]) -> str:
-    """Return the name and the size of the data something was built on."""
+    """Return the name of the data something was built on, and how many examples of it.
+
+    What was held back took no part.
+    """
     data = card["data"]
-    counts = [n for key, n in data.items() if key.startswith("n_") and isinstance(n, int)]
+    counts = [n for part, n in sizes(data).items() if part != "held"]
     size = f" ({sum(counts)} examples)" if counts else ""
     return f"{data['name']}{size}" if "name" in data else "unknown data"
+
+
+def sizes(data: dict[str, Any]) -> dict[str, int]:
+    """Return how many examples each part of the data had: `fit`, `held` and so on."""
+    given = {part: data.get(f"n_{part}") for part in _PARTS}
+    return {part: n for part, n in given.items() if isinstance(n, int)}
 
 
 def _vector(card: dict[str, Any]) -> str:
@@ -103,19 +112,13 @@ def _preset(card: dict[str, Any]) -> str:
     return "; ".join(f"{item.kind} {item.id}" for item in named(card["spec"]))
 
 
-_FACTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "vector": _vector,
-    "classifier": _classifier,
-    "preset": _preset,
-}
-
-
 def _lines(card: dict[str, Any], kind: str) -> list[str]:
     if kind == "preset":
         return [_preset(card), f"model {card['model']}"]
     by = f"by trimtab {card['trimtab_version']}" if card["trimtab_version"] else ""
     origin = [f"from {built_from(card)}", weights(card), f"{made(card['created'])} {by}".strip()]
-    return [_FACTS[kind](card), ", ".join(filter(None, origin)), card["description"]]
+    facts = _vector(card) if kind == "vector" else _classifier(card)
+    return [facts, ", ".join(filter(None, origin)), card["description"]]
 
 
 def _has(card: dict[str, Any], kind: str, search: str) -> bool:

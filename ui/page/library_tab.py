@@ -45,40 +45,52 @@ class LibraryTab:
     def __init__(self, visitors: Visitors, *, tab: gr.Tab, tabs: gr.Tabs, chat: ChatTab) -> None:
         self.visitors, self.chat = visitors, chat
         with gr.Row():
-            with gr.Column(scale=1, min_width=280):
+            with gr.Column(scale=1, min_width=340):
                 self.kind = gr.Radio(
                     [(plural.capitalize(), kind) for kind, plural in KINDS.items()],
                     value="vector",
                     label="What is stored",
+                    show_label=False,
+                    container=False,
                     elem_id="library-kind",
                 )
                 with gr.Row():
                     self.search = gr.Textbox(
-                        label="Search", elem_id="library-search", max_length=200, min_width=120
+                        label="Search", elem_id="library-search", max_length=200, min_width=130
                     )
                     self.order = gr.Dropdown(
                         list(ORDERS.items()),
                         value="up",
                         label="Order",
                         elem_id="library-order",
-                        min_width=120,
+                        min_width=130,
                     )
                 self.list = gr.HTML("", js_on_load=_SCRIPT, elem_id="library-list")
                 self.refresh = gr.Button("Refresh", size="sm", elem_id="library-refresh")
+                self.notice = gr.HTML("", elem_id="library-notice", render=False)
+                self.upload = LibraryUpload(visitors, self.notice)
             with gr.Column(scale=3, min_width=300):
-                self.notice = gr.HTML("", elem_id="library-notice")
+                self.notice.render()
                 with gr.Row(visible=False, elem_id="library-actions") as self.actions:
                     self.try_it = gr.Button(
-                        "Try in Chat", variant="primary", elem_id="library-try", min_width=110
+                        "Try in Chat",
+                        variant="primary",
+                        elem_id="library-try",
+                        min_width=110,
+                        size="md",
                     )
-                    self.save = gr.Button("Download", elem_id="library-download", min_width=110)
-                    self.gguf = gr.Button("Export GGUF", elem_id="library-gguf", min_width=110)
-                    self.delete = gr.Button("Delete…", elem_id="library-delete", min_width=110)
+                    self.save = gr.Button(
+                        "Download", elem_id="library-download", min_width=110, size="md"
+                    )
+                    self.gguf = gr.Button(
+                        "Export GGUF", elem_id="library-gguf", min_width=110, size="md"
+                    )
+                    self.delete = gr.Button(
+                        "Delete…", elem_id="library-delete", min_width=110, size="md"
+                    )
                 self.removal = LibraryRemoval(visitors, self.notice)
                 self.detail = gr.HTML(_EMPTY, elem_id="library-detail")
                 self.similarities = Similarities(visitors)
-        with gr.Row():
-            self.upload = LibraryUpload(visitors, self.notice)
         self.download = Download(elem_id="library-file-out")
         self._wire(tab, tabs)
 
@@ -99,7 +111,7 @@ class LibraryTab:
         gr.on([tab.select, self.refresh.click], self._opened, choices, all_of_it, **_LIVE)
         self.kind.input(self._another_kind, choices, all_of_it, **_LIVE)
         gr.on(
-            [self.search.input, self.order.change],
+            [self.search.change, self.order.change],
             self._listed,
             [self.kind, self.search, self.order],
             self.list,
@@ -159,6 +171,7 @@ class LibraryTab:
     ) -> list[Any]:
         """Return the notice and the values of `_shown`, from what is stored now."""
         browsing, notice = visitor.browsing, ""
+        browsing.to_delete = None  # the question is hidden below
         try:
             library = browsing.library = await stored(visitor.api)
             item = browsing.chosen

@@ -14,7 +14,7 @@ _SHARES = TypeAdapter(list[Annotated[float, Field(ge=0, le=1)]])
 
 
 def probe_bars_html(card: dict[str, Any]) -> str:
-    """Return the shares of held-out texts that a vector's probe puts on their side, by layer.
+    """Return the shares of texts kept from the fit that a probe puts on their side, by layer.
 
     Args:
         card: a vector's.
@@ -34,11 +34,13 @@ def probe_bars_html(card: dict[str, Any]) -> str:
     at_worst = spans([layer for layer, share in zip(layers, shares, strict=True) if share == worst])
     bars = "".join(
         f'<span class="tt-bar" title="layer {layer}: {share:.1%} right">'
-        f'<i style="height:{share * 100:.0f}%"></i><small>{layer}</small></span>'
+        # Guessing is right on half: no bar there, the whole height for always right.
+        f'<i style="--share:{max(0.0, 2 * share - 1):.2f}"></i><small>{layer}</small></span>'
         for layer, share in zip(layers, shares, strict=True)
     )
     return (
-        f"{head} Right on held-out texts: {best:.1%} at {at_best}, {worst:.1%} at {at_worst}; "
-        'guessing is right on half.</p><div class="tt-bars-box" tabindex="0" role="region" '
+        f"{head} Right on pairs kept from its fit: {best:.1%} at {at_best}, {worst:.1%} at "
+        f"{at_worst}; guessing is right on half, where bars begin.</p>"
+        '<div class="tt-bars-box" tabindex="0" role="region" '
         f'aria-label="Probe accuracy by layer"><div class="tt-bars tt-shares">{bars}</div></div>'
     )

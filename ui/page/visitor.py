@@ -11,6 +11,7 @@ from trimtab.ui.page.api import Api
 from trimtab.ui.page.build_watch import Watching
 from trimtab.ui.page.conversation import Conversation
 from trimtab.ui.page.library import Browsing
+from trimtab.ui.page.why_run import Explaining
 
 MAX_VISITORS = 1000
 
@@ -22,12 +23,14 @@ class Visitor:
     Attributes:
         api: the server, under the visitor's own key.
         chat: what was said to the model and answered, on both sides.
+        explaining: what attributes an answer.
         watching: the build whose progress is shown.
         browsing: what the Library shows.
     """
 
     api: Api
     chat: Conversation = field(default_factory=Conversation)
+    explaining: Explaining = field(default_factory=Explaining)
     watching: Watching = field(default_factory=Watching)
     browsing: Browsing = field(default_factory=Browsing)
     _model: str | None = None
@@ -44,7 +47,7 @@ class Visitor:
 
     def stop(self) -> None:
         """End whatever runs for this visitor."""
-        for running in (self.chat, self.watching):
+        for running in (self.chat, self.explaining, self.watching):
             running.stop()
 
     def use_key(self, key: str) -> None:
@@ -78,8 +81,11 @@ class Visitors:
             oldest.stop()
         return visitor
 
-    def leave(self, request: gr.Request) -> None:
-        """Forget a visitor whose tab was closed, and end what runs for it."""
+    async def leave(self, request: gr.Request) -> None:
+        """Forget a visitor whose tab was closed, and end what runs for it.
+
+        Not a plain function: Gradio would call that in a thread, where no task can be ended.
+        """
         visitor = self._known.pop(request.session_hash or "", None)
         if visitor is not None:
             visitor.stop()

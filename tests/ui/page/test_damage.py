@@ -63,3 +63,21 @@ def test_each_sign_of_damage_counts_by_itself(sign: dict):
     """Text that loops is broken though neutral text is read as well as before."""
     assert level_at(record(**sign), 3.9) == "broken"
     assert level_at(record(**sign), 1.9) == "fluent"
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {},
+        {"curve": "steep"},
+        {"curve": [{"scale": 1.0}] * 3, "criteria": CRITERIA},
+        record() | {"criteria": None},
+        {"curve": [record()["curve"][0]] * 4, "criteria": CRITERIA},
+        {"curve": [point | {"scale": 1e300} for point in record()["curve"]], "criteria": CRITERIA},
+        {"curve": [p | {"scale": p["scale"] + 99} for p in record()["curve"]]}
+        | {"criteria": CRITERIA},
+    ],
+)
+def test_a_record_of_another_form_measures_nothing(strange):
+    """One file from elsewhere must not close the panel for everybody."""
+    assert [zone.level for zone in zones(strange, reach=4.0)] == ["unmeasured"]

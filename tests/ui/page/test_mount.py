@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from starlette.responses import HTMLResponse, StreamingResponse
 
 from trimtab.ui.page import mount
+from trimtab.ui.page.bounds import MAX_BODY_BYTES, Bounds
 from trimtab.ui.page.mount import NoPageError, Page, check_installed
 from trimtab.ui.page.shell import POLICY, Shell
 
@@ -175,5 +176,40 @@ def test_the_pages_html_names_no_other_place():
             other = await client.get("/ui/data")
             assert "kept" in other.text
             assert other.headers["content-security-policy"] == POLICY
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "status"),
+    [
+        ("/ui/gradio_api/queue/join", 100, 200),
+        ("/ui/gradio_api/queue/join", MAX_BODY_BYTES + 1, 413),
+        ("/ui/gradio_api/queue/join", None, 411),
+        ("/ui/gradio_api/upload", 100, 403),
+        ("/ui/gradio_api/upload/", 100, 403),
+    ],
+)
+def test_a_stranger_cannot_fill_the_memory_or_the_disk(path: str, size: int | None, status: int):
+    """Gradio bounds no body, and keeps what is uploaded to it for good."""
+    app = FastAPI()
+    app.add_middleware(Bounds)
+
+    @app.post("/{anything:path}")
+    def taken(anything: str) -> str:
+        return anything
+
+    async def some() -> AsyncIterator[bytes]:
+        yield b"x"
+
+    async def play() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            if size is None:
+                answer = await client.post(path, content=some())
+            else:
+                headers = {"content-length": str(size)}
+                answer = await client.post(path, content=b"x", headers=headers)
+            assert answer.status_code == status
 
     asyncio.run(play())
