@@ -10,6 +10,8 @@ from typing import Any
 
 # Before Gradio is imported: it would otherwise ask its makers for a newer version.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+# Otherwise each event, the smallest too, ends with a pandas table of all events since the start.
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(2**62))
 
 import gradio as gr
 from fastapi import FastAPI

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -99,38 +99,42 @@ def listening(app: Any) -> Iterator[str]:
             assert not thread.is_alive()
 
 
-@contextmanager
-def page_before(server: FastAPI) -> Iterator[str]:
-    """Give the address of the page of a server."""
+@pytest.fixture
+def page_before() -> Iterator[Callable[[FastAPI], str]]:
+    """Gives the address of the page of a server. Asked for before `open_page`, it ends after it."""
     with ExitStack() as running:
-        url = running.enter_context(listening(server))
-        yield running.enter_context(listening(page_app(Api(url)))) + PATH + "/"
+
+        def address(server: FastAPI) -> str:
+            url = running.enter_context(listening(server))
+            return running.enter_context(listening(page_app(Api(url)))) + PATH + "/"
+
+        yield address
 
 
 @pytest.mark.parametrize(("width", "is_dark"), [(1280, False), (390, True)])
-def test_what_was_measured_is_drawn_at_any_width(open_page, width, is_dark):
+def test_what_was_measured_is_drawn_at_any_width(page_before, open_page, width, is_dark):
     """Catches maps that make the page scroll sideways, a lost knee, and text that is obeyed."""
-    with page_before(told([done_build()])) as url:
-        page = open_page(width=width, is_dark=is_dark)
-        BuildPage(page, url)
-        page.click("#build-which input")
-        page.get_by_role("option", name="vector warm: done").click()
-        page.wait_for_selector("#build-result .tt-heat")
-        knees = page.locator("#build-result .tt-maps .tt-knee")
-        assert knees.all_inner_texts() == ["◆+0.20", "◆+4%"]
-        outline = knees.first.evaluate("at => getComputedStyle(at).outlineStyle")
-        assert outline == "solid"
-        assert f"Not clean: {HOSTILE}" in page.inner_text("#build-result")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        drawn = page.locator("#build-result svg").bounding_box()
-        assert drawn is not None
-        assert 0 <= drawn["x"] <= drawn["x"] + drawn["width"] <= width
+    url = page_before(told([done_build()]))
+    page = open_page(width=width, is_dark=is_dark)
+    BuildPage(page, url)
+    page.click("#build-which input")
+    page.get_by_role("option", name="vector warm: done").click()
+    page.wait_for_selector("#build-result .tt-heat")
+    knees = page.locator("#build-result .tt-maps .tt-knee")
+    assert knees.all_inner_texts() == ["◆+0.20", "◆+4%"]
+    outline = knees.first.evaluate("at => getComputedStyle(at).outlineStyle")
+    assert outline == "solid"
+    assert f"Not clean: {HOSTILE}" in page.inner_text("#build-result")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    drawn = page.locator("#build-result svg").bounding_box()
+    assert drawn is not None
+    assert 0 <= drawn["x"] <= drawn["x"] + drawn["width"] <= width
 
 
-def test_a_server_that_cannot_build_says_so(open_page):
+def test_a_server_that_cannot_build_says_so(page_before, open_page):
     """Catches a tab that looks ready on an engine that has the model elsewhere."""
-    with page_before(told([], refusal="This engine cannot build with the model.")) as url:
-        build = BuildPage(open_page(), url)
-        assert "cannot build with the model" in build.problem()
-        build.start()
-        assert "cannot build with the model" in build.problem()
+    url = page_before(told([], refusal="This engine cannot build with the model."))
+    build = BuildPage(open_page(), url)
+    assert "cannot build with the model" in build.problem()
+    build.start()
+    assert "cannot build with the model" in build.problem()
