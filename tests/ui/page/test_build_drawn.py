@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 from build_on_page import BuildPage
 from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from trimtab.ui.page.api import Api
@@ -73,9 +74,11 @@ def told(builds: list[dict[str, Any]], *, refusal: str | None = None) -> FastAPI
     }
 
     @app.api_route("/v1/{path:path}", methods=["GET", "POST"])
-    async def answer(path: str) -> JSONResponse:
+    async def answer(path: str, request: Request) -> JSONResponse:
         if path.startswith("steering/builds") and refusal:
-            return JSONResponse({"error": {"message": refusal}}, status_code=501)
+            return JSONResponse(
+                {"error": {"message": f"{request.method}: {refusal}"}}, status_code=501
+            )
         if path == "steering/builds/build-1":
             return JSONResponse(builds[0])
         return JSONResponse({"object": "list", "data": lists[path]})
@@ -135,6 +138,6 @@ def test_a_server_that_cannot_build_says_so(page_before, open_page):
     """Catches a tab that looks ready on an engine that has the model elsewhere."""
     url = page_before(told([], refusal="This engine cannot build with the model."))
     build = BuildPage(open_page(), url)
-    assert "cannot build with the model" in build.problem()
+    assert "GET: This engine cannot build" in build.problem()
     build.start()
-    assert "cannot build with the model" in build.problem()
+    assert "POST: This engine cannot build" in build.problem()
