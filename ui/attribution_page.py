@@ -10,7 +10,7 @@ import base64
 import hashlib
 from html import escape
 
-from trimtab.ui import heat_map
+from trimtab.ui import token_heat
 from trimtab.ui.attribution_report import Report
 from trimtab.ui.colour_scale import INK, MINUS, PAPER, PLUS, RGB
 from trimtab.ui.visible_text import visible
@@ -36,13 +36,13 @@ def attribution_page(report: Report) -> str:
 <h1>{_text(title)}</h1>
 {_answers(report)}
 <h2>Prompt</h2>
-{heat_map.prompt_html(report)}
-{heat_map.legend_html(report)}
+{token_heat.prompt_html(report)}
+{token_heat.legend_html(report)}
 {_facts(report)}
 <h2>Settings</h2>
-{heat_map.settings_html(report)}
+{token_heat.settings_html(report)}
 <details><summary>All tokens</summary>
-{heat_map.tokens_html(score=report)}
+{token_heat.tokens_html(score=report)}
 </details>
 </body>
 </html>
@@ -51,14 +51,14 @@ def attribution_page(report: Report) -> str:
 
 def _answers(report: Report) -> str:
     return "\n".join(
-        f"<h2>{escape(report.heading(name))}: {heat_map.log_p(report, name)}</h2>\n"
-        f"{heat_map.answer_html(report, name)}\n{heat_map.chips_html(report, name)}"
+        f"<h2>{escape(report.heading(name))}: {token_heat.log_p(report, name)}</h2>\n"
+        f"{token_heat.answer_html(report, name)}\n{token_heat.chips_html(report, name)}"
         for name in report.answers
     )
 
 
 def _facts(report: Report) -> str:
-    return heat_map.facts_html(
+    return token_heat.facts_html(
         report.values, report.completeness, report.doubt, report.faithfulness, report.work
     )
 
@@ -68,7 +68,7 @@ def _text(text: str) -> str:
 
 
 def _style() -> str:
-    return _RULES % (_colours("light"), _colours("dark")) + heat_map.style()
+    return _RULES % (_colours("light"), _colours("dark")) + token_heat.style()
 
 
 def _colours(paper: str) -> str:

@@ -8,7 +8,7 @@ from attribution_wire import wire
 from trimtab.steering.errors import DataError
 from trimtab.ui.attribution_difference import Difference
 from trimtab.ui.attribution_report import Report
-from trimtab.ui.heat_map import prompt_html
+from trimtab.ui.token_heat import prompt_html
 
 TOKENS = (("<s>", None), ("a", 2.0), ("", 0.5), ("日", -1.5), ("b", 0.25))
 ONE = Report(wire(*TOKENS))

@@ -16,7 +16,6 @@ os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(2**62))
 import gradio as gr
 from fastapi import FastAPI
 
-from trimtab.ui.heat_map import style as heat_map_style
 from trimtab.ui.page.api import Api
 from trimtab.ui.page.bounds import Bounds
 from trimtab.ui.page.build_tab import BuildTab
@@ -27,6 +26,7 @@ from trimtab.ui.page.shell import Shell
 from trimtab.ui.page.visitor import Visitors
 from trimtab.ui.page.welcome import Welcome
 from trimtab.ui.page.why_tab import WhyTab
+from trimtab.ui.token_heat import style as token_heat_style
 
 _STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 # Fonts that are there: none is fetched.
@@ -83,7 +83,7 @@ def page_app(api: Api) -> FastAPI:
         page(Visitors(api)),
         path=PATH,
         theme=gr.themes.Base(font=_FONT, font_mono=_MONO, primary_hue="blue", neutral_hue="slate"),
-        css=_STYLE + heat_map_style(),
+        css=_STYLE + token_heat_style(),
         footer_links=[],
         run_history=False,
         ssr_mode=False,

@@ -7,10 +7,11 @@ from typing import Any
 from trimtab.ui.page.build_watch import is_under_way
 from trimtab.ui.page.confusion import confusion_html
 from trimtab.ui.page.curve import curve_html
-from trimtab.ui.page.heat_map import heat_map_html
 from trimtab.ui.page.knee import knee_html
+from trimtab.ui.page.layer_heat import layer_heat_html
 from trimtab.ui.page.notice import done, note, problem
 from trimtab.ui.page.plain_text import plain
+from trimtab.ui.page.progress_bar import progress_bar
 from trimtab.ui.page.scores import doses_html, scores_html
 from trimtab.ui.receipt_line import spans
 
@@ -42,10 +43,9 @@ def progress_html(state: dict[str, Any]) -> str:
         return ""
     done_of, total, elapsed = state["done"], state["total"], state["elapsed_s"]
     numbers = f"{done_of} of {total}, {elapsed:.0f} s" if total else f"{elapsed:.0f} s"
-    value = f' max="{int(total)}" value="{int(done_of)}"' if total else ""
+    bar = progress_bar(numbers, done=done_of, total=total)
     return (
-        f'<p class="tt-progress"><progress aria-label="Steps of this stage"{value}></progress> '
-        f"<span>{plain(numbers)}</span></p>"
+        f"{bar}"
         '<p class="tt-hint">The server builds it beside the chats. It goes on when you close this '
         "page; come back here to see it, or cancel it.</p>"
     )
@@ -81,7 +81,7 @@ def _vector(card: dict[str, Any]) -> str:
             f"Not calibrated: it steers {spans(card['default_layers'])}, and nobody measured where "
             "the text breaks. Calibrate it to see its effect and damage."
         )
-    return knee_html(calibration) + heat_map_html(calibration) + curve_html(calibration)
+    return knee_html(calibration) + layer_heat_html(calibration) + curve_html(calibration)
 
 
 def _classifier(card: dict[str, Any]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from trimtab.ui.page.calibration_record import Record, RecordError, read_record
-from trimtab.ui.page.heat_map import damage_share, damage_text
 from trimtab.ui.page.heat_table import Cell, heat_table
+from trimtab.ui.page.layer_heat import damage_share, damage_text
 from trimtab.ui.page.notice import note
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 318, 14, 150  # the plot in the picture's units

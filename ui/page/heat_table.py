@@ -48,8 +48,8 @@ def heat_table(
     # outside of it, so that it never scrolls out of sight.
     return (
         f'<div><p class="tt-hint" aria-hidden="true">{plain(caption)}</p>'
-        f'<div class="tt-heat-box" tabindex="0" role="region" aria-label="{plain(corner)}">'
-        f'<table class="tt-heat" aria-label="{plain(caption)}">'
+        f'<div class="tt-grid-box" tabindex="0" role="region" aria-label="{plain(corner)}">'
+        f'<table class="tt-grid" aria-label="{plain(caption)}">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>"
     )
 

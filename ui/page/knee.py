@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trimtab.ui.page.calibration_record import RecordError, read_record
-from trimtab.ui.page.heat_map import damage_text
+from trimtab.ui.page.layer_heat import damage_text
 from trimtab.ui.page.notice import note
 from trimtab.ui.page.plain_text import plain
 from trimtab.ui.receipt_line import spans

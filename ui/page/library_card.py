@@ -8,8 +8,8 @@ from typing import Any
 
 from trimtab.ui.page.confusion import confusion_html
 from trimtab.ui.page.curve import curve_html
-from trimtab.ui.page.heat_map import heat_map_html
 from trimtab.ui.page.knee import knee_html
+from trimtab.ui.page.layer_heat import layer_heat_html
 from trimtab.ui.page.library import Item, Library, named
 from trimtab.ui.page.library_list import made, sizes, text, weights
 from trimtab.ui.page.notice import note
@@ -61,7 +61,7 @@ def _vector(card: dict[str, Any]) -> str:
         drawn = (
             f"<h4>What was chosen</h4>{knee_html(calibration)}"
             f"<h4>Dose and response</h4>{curve_html(calibration)}"
-            f"<h4>Layers and scales</h4>{heat_map_html(calibration)}"
+            f"<h4>Layers and scales</h4>{layer_heat_html(calibration)}"
         )
     return f"{facts_html(facts)}{probe_bars_html(card)}{drawn}"
 

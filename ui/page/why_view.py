@@ -5,11 +5,12 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from trimtab.ui import heat_map
+from trimtab.ui import token_heat
 from trimtab.ui.attribution_difference import Difference
 from trimtab.ui.attribution_report import Report
 from trimtab.ui.attribution_scores import Scores
 from trimtab.ui.page.plain_text import plain
+from trimtab.ui.page.progress_bar import progress_bar
 from trimtab.ui.page.why_run import Explanation
 
 _MOST_ROWS = 8
@@ -26,13 +27,8 @@ def progress_html(explanation: Explanation) -> str:
     sides, n_done = explanation.question.sides, len(explanation.results)
     which = f"{n_done + 1} of {len(sides)}, {_SAID[sides[n_done]]}: " if len(sides) > 1 else ""
     found = explanation.progress
-    done, total = found.get("done", 0), found.get("total", 0)
-    share = f' value="{done:d}" max="{total:d}"' if total else ""
-    return (
-        '<div class="tt-progress"><label for="why-bar">'
-        f"{plain(which + _how_far(found))}</label>"
-        f'<progress id="why-bar"{share}></progress></div>'
-    )
+    told = which + _how_far(found)
+    return progress_bar(told, done=found.get("done", 0), total=found.get("total", 0))
 
 
 def _how_far(progress: dict[str, Any]) -> str:
@@ -70,8 +66,8 @@ def result_html(explanation: Explanation) -> str:
     return (
         f'<div class="tt-why">{_answers(explanation, reports)}{maps}'
         f"{'' if difference is None else _difference(difference)}"
-        f"{_details('Every token of the prompt', heat_map.tokens_html(**columns))}"
-        f"{_details('Settings', heat_map.settings_html(reports[0]))}</div>"
+        f"{_details('Every token of the prompt', token_heat.tokens_html(**columns))}"
+        f"{_details('Settings', token_heat.settings_html(reports[0]))}</div>"
     )
 
 
@@ -81,17 +77,17 @@ def _answers(explanation: Explanation, reports: list[Report]) -> str:
     parts = []
     for answer, name in question.names.items():
         told = [
-            heat_map.log_p(report, answer) + (f" {_SAID[is_steered]}" if has_two else "")
+            token_heat.log_p(report, answer) + (f" {_SAID[is_steered]}" if has_two else "")
             for report, is_steered in zip(reports, question.sides, strict=False)
         ]
         chips = "".join(
             (f'<p class="tt-hint">{_SAID[is_steered].capitalize()}</p>' if has_two else "")
-            + heat_map.chips_html(report, answer)
+            + token_heat.chips_html(report, answer)
             for report, is_steered in zip(reports, question.sides, strict=False)
         )
         parts.append(
             f'<section class="tt-card"><h3>{plain(name)}: {", ".join(told)}</h3>'
-            f"{heat_map.answer_html(reports[0], answer)}"
+            f"{token_heat.answer_html(reports[0], answer)}"
             f"{_details('log P of each of its tokens', chips)}</section>"
         )
     return "".join(parts)
@@ -99,11 +95,12 @@ def _answers(explanation: Explanation, reports: list[Report]) -> str:
 
 def _map(report: Report, heading: str) -> str:
     steered = None if report.steering is None else f"Steered: {report.steering}."
-    completeness = heat_map.facts_html(report.values, report.completeness)
-    facts = heat_map.facts_html(report.faithfulness, steered, report.work)
+    completeness = token_heat.facts_html(report.values, report.completeness)
+    facts = token_heat.facts_html(report.faithfulness, steered, report.work)
     return (
-        f'<section class="tt-card"><h3>{plain(heading)}</h3>{heat_map.prompt_html(report)}'
-        f'{heat_map.legend_html(report)}<div class="tt-facts">{completeness}</div>{_doubt(report)}'
+        f'<section class="tt-card"><h3>{plain(heading)}</h3>{token_heat.prompt_html(report)}'
+        f'{token_heat.legend_html(report)}<div class="tt-facts">{completeness}</div>'
+        f"{_doubt(report)}"
         f"{_strongest('Strongest words', score=report)}"
         f'<div class="tt-facts">{facts}</div></section>'
     )
@@ -116,10 +113,10 @@ def _difference(difference: Difference) -> str:
         steered=difference.steered,
         unsteered=difference.unsteered,
     )
-    facts = heat_map.facts_html(difference.summary, _SCALE)
+    facts = token_heat.facts_html(difference.summary, _SCALE)
     return (
         '<section class="tt-card"><h3>Difference: steered minus unsteered</h3>'
-        f"{heat_map.prompt_html(difference)}{heat_map.legend_html(difference, meaning=_CHANGE)}"
+        f"{token_heat.prompt_html(difference)}{token_heat.legend_html(difference, meaning=_CHANGE)}"
         f'{words}<div class="tt-facts">{facts}</div></section>'
     )
 

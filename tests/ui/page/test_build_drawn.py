@@ -122,7 +122,7 @@ def test_what_was_measured_is_drawn_at_any_width(page_before, open_page, width, 
     BuildPage(page, url)
     page.click("#build-which input")
     page.get_by_role("option", name="vector warm: done").click()
-    page.wait_for_selector("#build-result .tt-heat")
+    page.wait_for_selector("#build-result .tt-grid")
     knees = page.locator("#build-result .tt-maps .tt-knee")
     assert knees.all_inner_texts() == ["◆+0.20", "◆+4%"]
     outline = knees.first.evaluate("at => getComputedStyle(at).outlineStyle")

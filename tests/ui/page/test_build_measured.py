@@ -12,8 +12,8 @@ import pytest
 from trimtab.ui.page.build_view import end_html, progress_html, result_html, stage_html
 from trimtab.ui.page.confusion import confusion_html
 from trimtab.ui.page.curve import curve_html
-from trimtab.ui.page.heat_map import heat_map_html
 from trimtab.ui.page.knee import knee_html
+from trimtab.ui.page.layer_heat import layer_heat_html
 from trimtab.ui.page.scores import doses_html, scores_html
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'"
@@ -59,12 +59,12 @@ def marked(html: str) -> list[str]:
 
 def test_the_knee_is_marked_once_in_each_map():
     """Catches an outline on another layer set or another scale, or on none."""
-    assert marked(heat_map_html(calibration(map=MAP))) == ["◆+0.20", "◆+4%"]
+    assert marked(layer_heat_html(calibration(map=MAP))) == ["◆+0.20", "◆+4%"]
 
 
 def test_every_cell_of_a_map_has_its_number_and_a_title():
     """Catches a cell whose colour alone tells, rows against columns, and a hole that is drawn."""
-    effect, damage = tree(heat_map_html(calibration(map=MAP))).iter("tbody")
+    effect, damage = tree(layer_heat_html(calibration(map=MAP))).iter("tbody")
     rows = [["".join(cell.itertext()) for cell in row] for row in effect]
     assert rows == [["4", "-0.10", "+0.10", "+0.40"], ["5-6", "-0.20", "◆+0.20", "-"]]
     assert [cell.text for cell in damage[0]] == ["4", "+1%", "+2%", "+50%"]
@@ -74,7 +74,7 @@ def test_every_cell_of_a_map_has_its_number_and_a_title():
 
 def test_colours_grow_with_the_numbers_and_turn_with_their_sign():
     """Catches a scale that is not shared, or orange for what goes toward the concept."""
-    effect, damage = tree(heat_map_html(calibration(map=MAP))).iter("tbody")
+    effect, damage = tree(layer_heat_html(calibration(map=MAP))).iter("tbody")
     colour = re.compile(r"var\((.*)\) (\d+)%")
 
     def shades(row):
@@ -90,7 +90,7 @@ def test_colours_grow_with_the_numbers_and_turn_with_their_sign():
 
 def test_an_older_record_shows_the_layers_it_compared():
     """Catches a page that draws nothing for vectors built without a map."""
-    html = heat_map_html(calibration())
+    html = layer_heat_html(calibration())
     assert marked(html) == ["◆+0.40"]
     assert "not mapped" in html
 
@@ -148,7 +148,7 @@ BROKEN = [
 @pytest.mark.parametrize("record", BROKEN)
 def test_a_record_of_another_form_is_told(record):
     """Catches an imported file that takes the page down, or whose text gets into it."""
-    for draw in (heat_map_html, curve_html, knee_html):
+    for draw in (layer_heat_html, curve_html, knee_html):
         html = draw(copy.deepcopy(record))
         assert "cannot be drawn" in html
         assert "<img" not in html

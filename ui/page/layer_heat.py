@@ -15,7 +15,7 @@ _TOWARD = "Blue: toward the concept."
 _KEY = "◆ is what was chosen as scale 1."
 
 
-def heat_map_html(calibration: dict[str, Any]) -> str:
+def layer_heat_html(calibration: dict[str, Any]) -> str:
     """Return the heat maps of a vector's `calibration`, or of the layers it compared.
 
     A calibration without a map shows the layer sets that were compared, each at the dose of equal
