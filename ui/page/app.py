@@ -58,6 +58,8 @@ def page(visitors: Visitors) -> gr.Blocks:
             welcome.greeted,
             show_progress="hidden",
             concurrency_limit=None,
+            # A second key may come before what the first one opened has ended.
+            trigger_mode="multiple",
             api_visibility="private",
         ).then(
             chat.open,

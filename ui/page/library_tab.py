@@ -118,7 +118,7 @@ class LibraryTab:
             trigger_mode="always_last",
             **_LIVE,
         )
-        self.list.select(self._chosen, choices, all_of_it, **_LIVE)
+        self.list.select(self._chosen, choices, all_of_it, trigger_mode="always_last", **_LIVE)
         self.try_it.click(
             self._tried, None, [self.notice, self.chat.panel, self.chat.notice, tabs], **_LIVE
         )

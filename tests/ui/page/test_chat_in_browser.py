@@ -68,7 +68,11 @@ def test_a_slider_moved_answers_again_and_leaves_the_baseline(open_page, served_
 
 def test_classifiers_gates_ablation_and_probes_reach_the_server(open_page, served_page):
     """Catches a control that is drawn and not sent."""
-    chat = ChatPage(open_page(), served_page.url, query=link(prompt="Who?", max_tokens=8))
+    chat = ChatPage(
+        open_page(),
+        served_page.url,
+        query=link(prompt="Who?", max_tokens=8, vectors=[{"id": "formal", "scale": 1.0}]),
+    )
     page = chat.page
     page.click('[data-key="label-tone-empathetic"]')
     page.click('[data-key="label-tone-casual"]')
@@ -184,9 +188,10 @@ def test_two_people_neither_see_nor_steer_each_other(open_page, served_page):
         served_page.url,
         query=link(**asked, vectors=[{"id": "optimistic", "scale": 3.0}]),
     )
-    one.page.click("#send")
+    one.send()
     two.page.click("#send")
     one.send()  # again, a second turn, while the other's first may still run
+    two.page.wait_for_selector('#stage [data-side="steered"] .tt-answer span')
     two.wait()
     one.wait()
     stages = [chat.page.inner_text("#stage") for chat in (one, two)]

@@ -69,8 +69,7 @@ def choose(page, name: str) -> None:
 
 
 def said(page, kind: str) -> str:
-    page.wait_for_selector(f"#library-notice .{kind}")
-    return page.inner_text("#library-notice")
+    return page.inner_text(f"#library-notice .{kind}")
 
 
 def offered(page) -> list[str]:
@@ -166,7 +165,7 @@ def test_what_went_meanwhile_is_told_in_the_servers_words(open_page, served_page
     page.wait_for_function("!document.querySelector('#library-list [data-id=zen]')")
     http.delete("vectors/zoo")
     page.get_by_role("button", name="zoo", exact=True).click()
-    page.locator("#library-notice", has_text="zoo").wait_for()
+    page.locator("#library-notice", has_text="vector 'zoo'").wait_for()
     assert said(page, "tt-problem") == http.get("vectors/zoo").json()["error"]["message"]
 
 
