@@ -57,6 +57,7 @@ class ChatTab:
             with gr.Column(scale=3, min_width=320):
                 self.notice = gr.HTML("", elem_id="chat-notice")
                 self.stage = gr.HTML("", elem_id="stage")
+                self.legend = gr.HTML("", elem_id="legend")
                 self.gauges = gr.HTML("", elem_id="gauges")
                 with gr.Row(equal_height=True):
                     self.prompt = gr.Textbox(
@@ -82,7 +83,6 @@ class ChatTab:
                     elem_id="colour",
                     allow_custom_value=True,
                 )
-                self.legend = gr.HTML("")
                 with gr.Accordion(
                     "These settings: share, save, copy", open=False, elem_id="settings"
                 ):

@@ -137,8 +137,8 @@ def test_strangers_text_is_text():
 @pytest.mark.parametrize(
     ("progress", "said", "bar"),
     [
-        ({}, "asking the server", "<progress id"),
-        ({"position": 2, "done": 0, "total": 0}, "2 before it", "<progress id"),
+        ({}, "asking the server", "<progress aria-label"),
+        ({"position": 2, "done": 0, "total": 0}, "2 before it", "<progress aria-label"),
         (
             {"position": 0, "done": 12, "total": 35, "eta_s": 4.25},
             "12 of 35 rows read, 4 s left",
