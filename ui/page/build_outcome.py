@@ -30,6 +30,7 @@ _LIVE: dict[str, Any] = {
     "concurrency_limit": None,
     "api_visibility": "private",
 }
+_CANCEL, _EXPORT = "Cancel", "Export GGUF"
 
 
 class BuildOutcome:
@@ -47,7 +48,7 @@ class BuildOutcome:
                 [], label="Builds on this server", elem_id="build-which", scale=4, min_width=180
             )
             self.cancel = gr.Button(
-                "Cancel", elem_id="build-cancel", interactive=False, min_width=90, scale=1
+                _CANCEL, elem_id="build-cancel", interactive=False, min_width=90, scale=1
             )
         self.stage = gr.HTML("", elem_id="build-stage")
         self.progress = gr.HTML("", elem_id="build-progress")
@@ -57,7 +58,7 @@ class BuildOutcome:
                 "Try it in Chat", variant="primary", elem_id="build-try", min_width=110
             )
             self.save = gr.Button("Download", elem_id="build-download", min_width=110)
-            self.gguf = gr.Button("Export GGUF", elem_id="build-gguf", min_width=110)
+            self.gguf = gr.Button(_EXPORT, elem_id="build-gguf", min_width=110)
         self.result = gr.HTML("", elem_id="build-result")
         self.download = Download(elem_id="build-file-out")
         self.shown = [
@@ -137,13 +138,14 @@ class BuildOutcome:
         return [
             "" if not before else gr.skip(),
             which,
-            gr.Button(interactive=is_under_way(state)) if is_new else gr.skip(),
+            # With its label each time: in a stream of updates Gradio drops what a later one skips.
+            gr.Button(value=_CANCEL, interactive=is_under_way(state)),
             # Screen readers speak it again whenever it is set, changed or not.
             changed(stage_html(state), stage_html(before) if before else None),
             progress_html(state),
             end_html(state) if is_new else gr.skip(),
             gr.Row(visible=card is not None) if is_new else gr.skip(),
-            gr.Button(visible=state["kind"] == "vector") if is_new else gr.skip(),
+            gr.Button(value=_EXPORT, visible=state["kind"] == "vector"),
             result_html(state) if is_new else gr.skip(),
         ]
 

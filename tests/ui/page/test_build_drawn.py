@@ -130,6 +130,8 @@ def test_what_was_measured_is_drawn_at_any_width(page_before, open_page, width, 
     outline = knees.first.evaluate("at => getComputedStyle(at).outlineStyle")
     assert outline == "solid"
     assert f"Not clean: {HOSTILE}" in page.inner_text("#build-result")
+    for name in ("Cancel", "Try it in Chat", "Download", "Export GGUF"):
+        assert page.get_by_role("button", name=name, exact=True).is_visible()
     keep_screenshot(page, "build")
     drawn = page.locator("#build-result svg").bounding_box()
     assert drawn is not None
