@@ -21,6 +21,7 @@ from trimtab.ui.page.bounds import Bounds
 from trimtab.ui.page.build_tab import BuildTab
 from trimtab.ui.page.chat_tab import ChatTab
 from trimtab.ui.page.library_tab import LibraryTab
+from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.mount import PATH
 from trimtab.ui.page.shell import Shell
 from trimtab.ui.page.visitor import Visitors
@@ -56,18 +57,14 @@ def page(visitors: Visitors) -> gr.Blocks:
             welcome.greet,
             welcome.key,
             welcome.greeted,
-            show_progress="hidden",
-            concurrency_limit=None,
             # A second key may come before what the first one opened has ended.
             trigger_mode="multiple",
-            api_visibility="private",
+            **LIVE,
         ).then(
             chat.open,
             None,
             chat.opened,
-            show_progress="hidden",
-            concurrency_limit=None,
-            api_visibility="private",
+            **LIVE,
         )
     blocks.unload(visitors.leave)
     return blocks

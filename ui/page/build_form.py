@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
 from trimtab.steering.errors import TrimtabError
+from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import done, problem
 from trimtab.ui.page.pasted import MAX_CHARS
 from trimtab.ui.page.upload import Upload
@@ -53,10 +55,49 @@ class PastedExamples:
             _read,
             self.file.place,
             [notice, self.text, self.file.place],
-            show_progress="hidden",
-            concurrency_limit=None,
-            api_visibility="private",
+            **LIVE,
         )
+
+
+def name_field(kind: str) -> gr.Textbox:
+    """Return the field for the name of a vector or a classifier."""
+    return gr.Textbox(
+        "",
+        label="Name",
+        placeholder="letters, digits, . _ -",
+        max_length=MAX_NAME,
+        elem_id=f"build-{kind}-name",
+    )
+
+
+def description_field(kind: str) -> gr.Textbox:
+    """Return the field for a sentence about it."""
+    return gr.Textbox(
+        "", label="Description", max_length=MAX_WORDS, elem_id=f"build-{kind}-description"
+    )
+
+
+def replaces_box(kind: str) -> gr.Checkbox:
+    """Return the box without which nothing of the same name is replaced."""
+    return gr.Checkbox(
+        False, label=f"Replace a {kind} of this name", elem_id=f"build-{kind}-replaces"
+    )
+
+
+def show_chosen(radio: gr.Radio, values: Sequence[str], boxes: Sequence[gr.Column]) -> None:
+    """Let a choice show its own box and hide the others.
+
+    Args:
+        radio: the choice.
+        values: what may be chosen.
+        boxes: one a value, in the same order.
+    """
+    radio.change(
+        lambda chosen: [gr.Column(visible=chosen == value) for value in values],
+        radio,
+        list(boxes),
+        **LIVE,
+    )
 
 
 async def _read(file: Any) -> list[Any]:

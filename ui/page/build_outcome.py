@@ -22,14 +22,10 @@ from trimtab.ui.page.chat_tab import ChatTab
 from trimtab.ui.page.download import Download, file_value
 from trimtab.ui.page.library import Item
 from trimtab.ui.page.library_try import chat_settings
+from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import note, problem
 from trimtab.ui.page.visitor import Visitor, Visitors
 
-_LIVE: dict[str, Any] = {
-    "show_progress": "hidden",
-    "concurrency_limit": None,
-    "api_visibility": "private",
-}
 _CANCEL, _EXPORT = "Cancel", "Export GGUF"
 
 
@@ -81,14 +77,14 @@ class BuildOutcome:
             chat: where what was built may be tried.
         """
         # Nothing waits for the build that was watched before: its watch ends by itself.
-        self.which.input(self._chosen, self.which, self.shown, trigger_mode="multiple", **_LIVE)
-        self.cancel.click(self._cancelled, self.which, self.notice, **_LIVE)
+        self.which.input(self._chosen, self.which, self.shown, trigger_mode="multiple", **LIVE)
+        self.cancel.click(self._cancelled, self.which, self.notice, **LIVE)
         self.try_it.click(
-            self._tried, self.which, [self.notice, chat.panel, chat.notice, tabs], **_LIVE
+            self._tried, self.which, [self.notice, chat.panel, chat.notice, tabs], **LIVE
         )
         file_out = [self.notice, self.download.place]
-        self.download.forget(self.save.click(self._saved, self.which, file_out, **_LIVE))
-        self.download.forget(self.gguf.click(self._exported, self.which, file_out, **_LIVE))
+        self.download.forget(self.save.click(self._saved, self.which, file_out, **LIVE))
+        self.download.forget(self.gguf.click(self._exported, self.which, file_out, **LIVE))
 
     def said(self, html: str) -> list[Any]:
         """Return the values of `shown` that say something and leave all else."""

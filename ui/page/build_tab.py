@@ -10,12 +10,13 @@ import gradio as gr
 
 from trimtab.steering.errors import TrimtabError
 from trimtab.ui.page.api import RefusedError
+from trimtab.ui.page.build_form import show_chosen
 from trimtab.ui.page.build_offers import offers
 from trimtab.ui.page.build_outcome import BuildOutcome
 from trimtab.ui.page.build_watch import PATH
-from trimtab.ui.page.catalogue import catalogue
 from trimtab.ui.page.chat_tab import ChatTab
 from trimtab.ui.page.classifier_form import ClassifierForm, bundled_html
+from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import problem
 from trimtab.ui.page.pasted import Pasted
 from trimtab.ui.page.vector_form import VectorForm, concept_html, method_html
@@ -23,11 +24,6 @@ from trimtab.ui.page.visitor import Visitors
 
 _KINDS = ["vector", "classifier"]
 _TAKEN = 409
-_LIVE: dict[str, Any] = {
-    "show_progress": "hidden",
-    "concurrency_limit": None,
-    "api_visibility": "private",
-}
 
 
 class BuildTab:
@@ -42,7 +38,7 @@ class BuildTab:
     """
 
     def __init__(self, visitors: Visitors, *, tab: gr.Tab, tabs: gr.Tabs, chat: ChatTab) -> None:
-        self.visitors = visitors
+        self.visitors, self.chat = visitors, chat
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 self.kind = gr.Radio(_KINDS, value="vector", label="Make a", elem_id="build-kind")
@@ -56,30 +52,25 @@ class BuildTab:
             with gr.Column(scale=3, min_width=300, elem_id="build-outcome"):
                 self.outcome = BuildOutcome(visitors, self.notice)
         self.outcome.wire(tabs=tabs, chat=chat)
-        self.kind.change(
-            lambda kind: [gr.Column(visible=kind == each) for each in _KINDS],
-            self.kind,
-            [vector_box, classifier_box],
-            **_LIVE,
-        )
+        show_chosen(self.kind, _KINDS, [vector_box, classifier_box])
         self._wire(tab, chat)
 
     def _wire(self, tab: gr.Tab, chat: ChatTab) -> None:
         vector, classifier, outcome = self.vector, self.classifier, self.outcome
         chosen = [vector.concept, vector.method, classifier.bundled]
         abouts = [vector.example, vector.about, classifier.about]
-        tab.select(self._opened, chosen, [self.notice, *chosen, *abouts], **_LIVE).then(
-            outcome.resume, None, outcome.shown, trigger_mode="multiple", **_LIVE
-        ).then(self._chat_refreshed, None, chat.panel, **_LIVE)
-        gr.on([one.input for one in chosen], self._explained, chosen, abouts, **_LIVE)
+        tab.select(self._opened, chosen, [self.notice, *chosen, *abouts], **LIVE).then(
+            outcome.resume, None, outcome.shown, trigger_mode="multiple", **LIVE
+        ).then(self._chat_refreshed, None, chat.panel, **LIVE)
+        gr.on([one.input for one in chosen], self._explained, chosen, abouts, **LIVE)
         # Not once at a time: a build may be started while another is watched.
         self.start.click(
             self._started,
             [self.kind, *vector.inputs, *classifier.inputs],
             outcome.shown,
             trigger_mode="multiple",
-            **_LIVE,
-        ).then(self._chat_refreshed, None, chat.panel, **_LIVE)
+            **LIVE,
+        ).then(self._chat_refreshed, None, chat.panel, **LIVE)
 
     async def _opened(
         self, request: gr.Request, concept: str | None, method: str | None, bundled: str | None
@@ -134,6 +125,6 @@ class BuildTab:
     async def _chat_refreshed(self, request: gr.Request) -> Any:
         """Offer in the chat what is stored now."""
         try:
-            return gr.HTML(catalogue=await catalogue(self.visitors.of(request).api))
+            return await self.chat.refresh(request)
         except TrimtabError:
             return gr.skip()  # the build's side has said what is wrong

@@ -16,6 +16,7 @@ from trimtab.ui.page.chat_run import body, run
 from trimtab.ui.page.chat_view import PLAIN, SURPRISE, conversation_html, legend_html
 from trimtab.ui.page.conversation import SIDES, Turn
 from trimtab.ui.page.gauges import gauges_html
+from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import done, note, problem
 from trimtab.ui.page.run_settings import RunSettings, from_link, read_settings, to_link
 from trimtab.ui.page.share import share_html
@@ -113,12 +114,7 @@ class ChatTab:
     def _wire(self) -> None:
         shown = [self.stage, self.gauges, self.notice, self.share, *self.snippets]
         # Nothing waits for a run before it: a new one stops the old.
-        live: dict[str, Any] = {
-            "concurrency_limit": None,
-            "trigger_mode": "multiple",
-            "show_progress": "hidden",
-            "api_visibility": "private",
-        }
+        live: dict[str, Any] = {**LIVE, "trigger_mode": "multiple"}
         gr.on(
             [self.send.click, self.prompt.submit],
             self._sent,

@@ -64,23 +64,21 @@ def _answer(turn: Turn, side: str, colour: str) -> str:
 
 
 def _spans(answer: Answer, colour: str) -> list[str]:
-    spans, start = [], 0
+    spans, end = [], 0
+    read = (one for one in answer.surprise if one[0] > 0)
+    token = next(read, None)
     for piece in answer.pieces:
-        end = start + len(piece.text)
-        nats = _nats_in(answer.surprise, start, end)
+        end += len(piece.text)
+        nats: float | None = None  # of the tokens that end within the piece
+        while token is not None and token[0] <= end:
+            nats = (nats or 0.0) + token[1]
+            token = next(read, None)
         title = _title(piece, nats)
         spans.append(
             f'<span style="{_style(piece, nats, colour)}" title="{plain(title)}">'
             f"{plain(piece.text)}</span>"
         )
-        start = end
     return spans
-
-
-def _nats_in(surprise: list[tuple[int, float]], start: int, end: int) -> float | None:
-    """Return the summed surprise of the tokens that end within a stretch of the text."""
-    found = [nats for place, nats in surprise if start < place <= end]
-    return sum(found) if found else None
 
 
 def _title(piece: Piece, nats: float | None) -> str:

@@ -6,7 +6,15 @@ from typing import Any
 
 import gradio as gr
 
-from trimtab.ui.page.build_form import MAX_NAME, MAX_WORDS, FormError, PastedExamples, named
+from trimtab.ui.page.build_form import (
+    FormError,
+    PastedExamples,
+    description_field,
+    name_field,
+    named,
+    replaces_box,
+    show_chosen,
+)
 from trimtab.ui.page.pasted import Pasted, pasted_texts
 from trimtab.ui.page.plain_text import plain
 
@@ -22,13 +30,7 @@ class ClassifierForm:
     """
 
     def __init__(self, notice: gr.HTML) -> None:
-        self.name = gr.Textbox(
-            "",
-            label="Name",
-            placeholder="letters, digits, . _ -",
-            max_length=MAX_NAME,
-            elem_id="build-classifier-name",
-        )
+        self.name = name_field("classifier")
         self.source = gr.Radio(
             _SOURCES, value="bundled", label="Train it on", elem_id="build-classifier-source"
         )
@@ -61,24 +63,10 @@ class ClassifierForm:
             elem_id="build-classifier-calibrate",
         )
         with gr.Accordion("More", open=False):
-            self.description = gr.Textbox(
-                "",
-                label="Description",
-                max_length=MAX_WORDS,
-                elem_id="build-classifier-description",
-            )
+            self.description = description_field("classifier")
             self.seed = gr.Number(0, label="Seed of the split and the weights", precision=0)
-        self.replaces = gr.Checkbox(
-            False, label="Replace a classifier of this name", elem_id="build-classifier-replaces"
-        )
-        self.source.change(
-            lambda source: [gr.Column(visible=source == each) for _, each in _SOURCES],
-            self.source,
-            [bundled_box, texts_box],
-            show_progress="hidden",
-            concurrency_limit=None,
-            api_visibility="private",
-        )
+        self.replaces = replaces_box("classifier")
+        show_chosen(self.source, [value for _, value in _SOURCES], [bundled_box, texts_box])
         self.inputs = [
             self.name,
             self.source,

@@ -8,6 +8,8 @@ from typing import Any
 
 import gradio as gr
 
+from trimtab.ui.page.live import LIVE
+
 _SCRIPT = (Path(__file__).parent / "download.js").read_text(encoding="utf-8")
 
 
@@ -38,9 +40,7 @@ class Download:
             lambda: None,
             None,
             self.place,
-            show_progress="hidden",
-            concurrency_limit=None,
-            api_visibility="private",
+            **LIVE,
         )
 
 

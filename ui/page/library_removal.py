@@ -9,6 +9,7 @@ import gradio as gr
 from trimtab.steering.errors import TrimtabError
 from trimtab.ui.page.library import Item, Library, stored
 from trimtab.ui.page.library_list import text
+from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import done, problem
 from trimtab.ui.page.visitor import Visitors
 
@@ -28,13 +29,8 @@ class LibraryRemoval:
             with gr.Row():
                 self.sure = gr.Button("Delete it", variant="stop", elem_id="library-sure")
                 self.keep = gr.Button("Keep it", elem_id="library-keep")
-        live: dict[str, Any] = {
-            "show_progress": "hidden",
-            "concurrency_limit": None,
-            "api_visibility": "private",
-        }
-        self.deleted = self.sure.click(self._deleted, None, [notice, self.box], **live)
-        self.keep.click(self._kept, None, self.box, **live)
+        self.deleted = self.sure.click(self._deleted, None, [notice, self.box], **LIVE)
+        self.keep.click(self._kept, None, self.box, **LIVE)
 
     def wire(self, button: gr.Button, notice: gr.HTML) -> None:
         """Let a button ask about what the visitor has chosen."""
@@ -42,9 +38,7 @@ class LibraryRemoval:
             self._asked,
             None,
             [notice, self.box, self.question, self.sure],
-            show_progress="hidden",
-            concurrency_limit=None,
-            api_visibility="private",
+            **LIVE,
         )
 
     async def _asked(self, request: gr.Request) -> list[Any]:

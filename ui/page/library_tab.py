@@ -19,17 +19,13 @@ from trimtab.ui.page.library_list import ORDERS, list_html
 from trimtab.ui.page.library_removal import LibraryRemoval
 from trimtab.ui.page.library_try import chat_settings, without
 from trimtab.ui.page.library_upload import LibraryUpload
+from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import note, problem
 from trimtab.ui.page.similarities import Similarities
 from trimtab.ui.page.visitor import Visitor, Visitors
 
 _SCRIPT = (Path(__file__).parent / "library_list.js").read_text(encoding="utf-8")
 _EMPTY = '<p class="tt-empty">Choose something from the list.</p>'
-_LIVE: dict[str, Any] = {
-    "show_progress": "hidden",
-    "concurrency_limit": None,
-    "api_visibility": "private",
-}
 
 
 class LibraryTab:
@@ -108,27 +104,27 @@ class LibraryTab:
     def _wire(self, tab: gr.Tab, tabs: gr.Tabs) -> None:
         choices = [self.kind, self.search, self.order, self.similarities.layer]
         all_of_it = [self.notice, *self._shown]
-        gr.on([tab.select, self.refresh.click], self._opened, choices, all_of_it, **_LIVE)
-        self.kind.input(self._another_kind, choices, all_of_it, **_LIVE)
+        gr.on([tab.select, self.refresh.click], self._opened, choices, all_of_it, **LIVE)
+        self.kind.input(self._another_kind, choices, all_of_it, **LIVE)
         gr.on(
             [self.search.change, self.order.change],
             self._listed,
             [self.kind, self.search, self.order],
             self.list,
             trigger_mode="always_last",
-            **_LIVE,
+            **LIVE,
         )
-        self.list.select(self._chosen, choices, all_of_it, trigger_mode="always_last", **_LIVE)
+        self.list.select(self._chosen, choices, all_of_it, trigger_mode="always_last", **LIVE)
         self.try_it.click(
-            self._tried, None, [self.notice, self.chat.panel, self.chat.notice, tabs], **_LIVE
+            self._tried, None, [self.notice, self.chat.panel, self.chat.notice, tabs], **LIVE
         )
         file_out = [self.notice, self.download.place]
-        self.download.forget(self.save.click(self._saved, None, file_out, **_LIVE))
-        self.download.forget(self.gguf.click(self._exported, None, file_out, **_LIVE))
+        self.download.forget(self.save.click(self._saved, None, file_out, **LIVE))
+        self.download.forget(self.gguf.click(self._exported, None, file_out, **LIVE))
         self.removal.wire(self.delete, self.notice)
         for changed in (self.removal.deleted, self.upload.stored):
-            changed.then(self._changed, choices, [self.kind, *self._shown], **_LIVE).then(
-                self._chat_refreshed, self.chat.panel, self.chat.panel, **_LIVE
+            changed.then(self._changed, choices, [self.kind, *self._shown], **LIVE).then(
+                self._chat_refreshed, self.chat.panel, self.chat.panel, **LIVE
             )
 
     async def _opened(

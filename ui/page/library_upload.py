@@ -9,6 +9,7 @@ import gradio as gr
 from trimtab.steering.errors import TrimtabError
 from trimtab.ui.client import ServerError
 from trimtab.ui.page.library import Item, stored
+from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import done, problem
 from trimtab.ui.page.upload import Upload, file_bytes
 from trimtab.ui.page.visitor import Visitors
@@ -50,9 +51,7 @@ class LibraryUpload:
             self._stored,
             [self.file.place, self.kind, self.name, self.replaces],
             [notice, self.file.place, self.name, self.replaces],
-            show_progress="hidden",
-            concurrency_limit=None,
-            api_visibility="private",
+            **LIVE,
         )
 
     async def _stored(

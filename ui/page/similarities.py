@@ -8,6 +8,7 @@ import gradio as gr
 
 from trimtab.steering.errors import TrimtabError
 from trimtab.ui.page.library import Library
+from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import problem
 from trimtab.ui.page.similarity_view import similarity_html
 from trimtab.ui.page.visitor import Visitor, Visitors
@@ -38,10 +39,8 @@ class Similarities:
             self._compared,
             self.layer,
             self.table,
-            show_progress="hidden",
-            concurrency_limit=None,
             trigger_mode="always_last",
-            api_visibility="private",
+            **LIVE,
         )
 
     @property

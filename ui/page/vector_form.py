@@ -7,22 +7,20 @@ from typing import Any
 import gradio as gr
 
 from trimtab.ui.page.build_form import (
-    MAX_NAME,
     MAX_WORDS,
     FormError,
     PastedExamples,
+    description_field,
+    name_field,
     named,
     options_of,
+    replaces_box,
+    show_chosen,
 )
 from trimtab.ui.page.pasted import Pasted, pasted_pairs
 from trimtab.ui.page.plain_text import plain
 
 _SOURCES = [("a bundled concept", "concept"), ("my pairs", "pairs"), ("two descriptions", "words")]
-_LIVE: dict[str, Any] = {
-    "show_progress": "hidden",
-    "concurrency_limit": None,
-    "api_visibility": "private",
-}
 
 
 class VectorForm:
@@ -33,13 +31,7 @@ class VectorForm:
     """
 
     def __init__(self, notice: gr.HTML) -> None:
-        self.name = gr.Textbox(
-            "",
-            label="Name",
-            placeholder="letters, digits, . _ -",
-            max_length=MAX_NAME,
-            elem_id="build-vector-name",
-        )
+        self.name = name_field("vector")
         self.source = gr.Radio(
             _SOURCES, value="concept", label="Build it from", elem_id="build-vector-source"
         )
@@ -88,9 +80,7 @@ class VectorForm:
             elem_id="build-map",
         )
         with gr.Accordion("More", open=False):
-            self.description = gr.Textbox(
-                "", label="Description", max_length=MAX_WORDS, elem_id="build-vector-description"
-            )
+            self.description = description_field("vector")
             self.position = gr.Textbox(
                 "mean",
                 label="Tokens of the answer to read: mean, last, or an index",
@@ -105,15 +95,9 @@ class VectorForm:
                 elem_id="build-options",
             )
             self.normalize = gr.Checkbox(False, label="Steering keeps the hidden state's length")
-        self.replaces = gr.Checkbox(
-            False, label="Replace a vector of this name", elem_id="build-vector-replaces"
-        )
-        boxes = [concept_box, pairs_box, words_box]
-        self.source.change(
-            lambda source: [gr.Column(visible=source == each) for _, each in _SOURCES],
-            self.source,
-            boxes,
-            **_LIVE,
+        self.replaces = replaces_box("vector")
+        show_chosen(
+            self.source, [value for _, value in _SOURCES], [concept_box, pairs_box, words_box]
         )
         self.inputs = [
             self.name,

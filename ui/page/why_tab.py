@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from trimtab.steering.errors import TrimtabError
+from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import note, problem
 from trimtab.ui.page.plain_text import plain
 from trimtab.ui.page.visitor import Visitors
@@ -105,12 +106,7 @@ class WhyTab:
 
     def _wire(self, tab: gr.Tab) -> None:
         # Nothing waits for an explanation before it: a new one ends the old.
-        live: dict[str, Any] = {
-            "concurrency_limit": None,
-            "trigger_mode": "multiple",
-            "show_progress": "hidden",
-            "api_visibility": "private",
-        }
+        live: dict[str, Any] = {**LIVE, "trigger_mode": "multiple"}
         tab.select(self._opened, None, [self.method, self.notice], **live)
         self.what.change(self._chosen, self.what, self.typed, **live)
         self.method.change(self._described, self.method, self.about, **live)

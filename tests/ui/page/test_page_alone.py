@@ -19,6 +19,7 @@ from trimtab.ui.page.api import Api
 from trimtab.ui.page.app import page_app
 from trimtab.ui.page.mount import PATH
 
+# A page is asked for after the servers it speaks to, so that it is closed before they end.
 pytestmark = pytest.mark.browser
 
 KEY = "a-secret"
@@ -59,7 +60,7 @@ def alone(keyed: Served) -> Iterator[str]:
         assert not thread.is_alive()
 
 
-def test_a_key_is_its_visitors_own(open_page, alone, keyed):
+def test_a_key_is_its_visitors_own(keyed, alone, open_page):
     """Catches a key that one visitor enters and all others then use, or that stands in the page."""
     page = open_page()
     page.goto(alone)
@@ -81,7 +82,7 @@ def test_a_key_is_its_visitors_own(open_page, alone, keyed):
     assert other.locator('[data-key="vector-warm"]').count() == 0
 
 
-def test_a_server_that_is_gone_is_a_sentence(open_page, alone, keyed):
+def test_a_server_that_is_gone_is_a_sentence(keyed, alone, open_page):
     """Catches a page that hangs, or shows a traceback, when its server ends."""
     keyed.server.should_exit = True
     end = time.monotonic() + 30
