@@ -8,11 +8,11 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import urllib.request
 
 import pytest
 from cli_program import PROGRAM, Done, program
+from served_program import serving, started
 
 from trimtab.steering.model.paths import data_home
 from trimtab.steering.store import Store, model_folder
@@ -180,74 +180,37 @@ def test_doctor_names_what_is_broken(home):
     assert "rm " in broken["mend"]
 
 
-def serving(*args: str) -> tuple[subprocess.Popen[str], str, list[str]]:
-    """Start a server; return it, its address and what it has said."""
-    process = subprocess.Popen(
-        [*START, "serve", *args, "--port", "0"], stderr=subprocess.PIPE, text=True
-    )
-    said: list[str] = []
-    assert process.stderr is not None
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("curl "):
-            break
-    found = re.search(r"Ready: (http://\S+)/v1", "".join(said))
-    assert found, "".join(said)
-    return process, found[1], said
-
-
-def stopped(process: subprocess.Popen[str]) -> Done:
-    process.send_signal(signal.SIGINT)
-    timer = threading.Timer(60, process.kill)
-    timer.start()
-    _, err = process.communicate()
-    timer.cancel()
-    return Done(process.returncode, "", err)
-
-
 def test_serve_answers_its_own_curl_line_and_stops(built, toy_folder, monkeypatch):
     """Catches a start-up line that does not work when pasted, and a traceback after Ctrl-C."""
     monkeypatch.setenv("TRIMTAB_HOME", str(built[0]))
-    process, _, said = serving(str(toy_folder), "--dtype", "float32", "--any-dose")
-    try:
-        assert '"steering": "1.0 letters"' in said[-1]
+    with serving(str(toy_folder), "--dtype", "float32", "--any-dose") as served:
+        command = served.line("curl ").strip()
+        assert '"steering": "1.0 letters"' in command
         curl = subprocess.run(
-            ["bash", "-c", said[-1].strip() + " -s"], capture_output=True, text=True, timeout=60
+            ["bash", "-c", f"{command} -s"], capture_output=True, text=True, timeout=60
         )
         assert json.loads(curl.stdout)["steering"]["applied"][0]["id"] == "letters"
-    finally:
-        done = stopped(process)
-    assert done.code == 0
-    assert done.err.splitlines()[-1] == "Stopped."
-    assert "Traceback" not in done.err
-    assert any(line.split()[0] == "device" for line in said)
+        assert served.line("  device")
+    assert served.lines[-1] == "Stopped.\n"
 
 
 def test_serve_guards_with_keys_from_the_environment(toy_folder, home, monkeypatch):
     """Catches keys that are read and not enforced, or printed."""
     monkeypatch.setenv("TRIMTAB_API_KEYS", "first-secret, second-secret")
-    process, url, said = serving(str(toy_folder))
-    try:
-        request = urllib.request.Request(f"{url}/v1/models")
+    with serving(str(toy_folder)) as served:
+        request = urllib.request.Request(f"{served.url}/v1/models")
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(request)
         request.add_header("authorization", "Bearer second-secret")
         with urllib.request.urlopen(request) as answer:
             assert answer.status == 200
-    finally:
-        done = stopped(process)
-    assert "secret" not in "".join(said) + done.err
+    assert "secret" not in served.log
 
 
 def test_ctrl_c_while_loading(toy_folder, home):
     """Catches a server that cannot be stopped until its model is loaded."""
-    command = [*START, "serve", str(toy_folder), "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline().startswith("Loading")
-        done = stopped(process)
-    assert "Traceback" not in done.err
-    assert done.code in (0, 130)
+    with started("serve", str(toy_folder), codes=(0, 130)) as served:
+        served.line("Loading")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
@@ -55,18 +56,26 @@ def ui(server: str, api_key: str | None, port: int) -> None:
 
         from trimtab.ui.page.api import Api
         from trimtab.ui.page.app import page_app
+        from trimtab.ui.page.hang_up import HangUp
+
+        class Server(uvicorn.Server):
+            """Does not wait for open pages when Ctrl-C is pressed."""
+
+            def handle_exit(self, sig: int, frame: Any) -> None:
+                page.hang_up()
+                self.should_exit = True
 
         api = Api(server, key=api_key or os.environ.get("TRIMTAB_API_KEY") or None)
         url = f"http://127.0.0.1:{listening.getsockname()[1]}{PATH}"
         say(styled(f"Page: {url}", "bold", stream=sys.stderr) + f"   for {api.url}   Ctrl-C stops")
+        page = HangUp(page_app(api))
         config = uvicorn.Config(
-            page_app(api),
+            page,
             log_config=None,
             access_log=False,
             lifespan="on",
             server_header=False,
-            # A browser keeps a connection open for as long as it shows the page.
-            timeout_graceful_shutdown=1,
+            timeout_graceful_shutdown=5,
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
     say("Stopped.")

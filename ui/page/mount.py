@@ -13,6 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trimtab.steering.errors import TrimtabError
+from trimtab.ui.page.hang_up import HangUp
 
 PATH = "/ui"
 
@@ -49,13 +50,11 @@ class Page:
         self._url = url
         self._made: asyncio.Task[ASGIApp] | None = None
         self._open = AsyncExitStack()
-        self._requests: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._page = HangUp(self._answer)
         lifespan = app.router.lifespan_context
 
         @asynccontextmanager
         async def with_page(within: FastAPI) -> AsyncIterator[Any]:
-            self._loop = asyncio.get_running_loop()
             self._made = asyncio.create_task(self._make())
             async with lifespan(within) as state:
                 try:
@@ -72,10 +71,7 @@ class Page:
         if scope["type"] != "http" or not (path == PATH or path.startswith(f"{PATH}/")):
             await self.app(scope, receive, send)
             return
-        request = asyncio.create_task(self._answer(scope, receive, send))
-        self._requests.add(request)
-        request.add_done_callback(self._requests.discard)
-        await request
+        await self._page(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self._made is not None  # requests come after the start
@@ -93,16 +89,8 @@ class Page:
         return app
 
     def hang_up(self) -> None:
-        """End every open request of the page: a browser keeps some open for as long as it lives.
-
-        May be called from a signal handler or another thread.
-        """
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._cancel)
-
-    def _cancel(self) -> None:
-        for request in self._requests:
-            request.cancel()
+        """End every open request of the page, as `HangUp.hang_up` does."""
+        self._page.hang_up()
 
 
 def _page_app(url: str) -> FastAPI:
