@@ -29,8 +29,8 @@ class ChatPage:
 
     def text(self, side: str) -> str:
         """The last answer of `baseline` or `steered`, as far as it came."""
-        answers = self.page.locator(f'#stage [data-side="{side}"] .tt-answer')
-        return answers.last.inner_text() if answers.count() else ""
+        answer = self.page.locator(f'#stage [data-side="{side}"] .tt-answer')
+        return answer.inner_text() if answer.count() else ""
 
     def choose(self, **settings: Any) -> None:
         """Fill in sampling and prompt."""
@@ -52,14 +52,14 @@ class ChatPage:
         Raises:
             AssertionError: the page shows a problem instead.
         """
-        turns = self.page.locator('#stage [data-side="steered"] .tt-answer').count()
+        turn = int(self.page.get_attribute("#stage [data-turn]", "data-turn") or 0)
         self.page.click("#send")
         self.page.wait_for_function(
             "n => document.querySelector('#chat-notice .tt-problem') || "
-            "['baseline', 'steered'].every(side => { const found = document.querySelectorAll("
-            "`#stage [data-side=${side}] .tt-answer`); return found.length > n && "
-            "found[found.length - 1].innerText.trim() })",
-            arg=turns,
+            "document.querySelector('#stage [data-turn]').dataset.turn > n && "
+            "['baseline', 'steered'].every(side => document.querySelector("
+            "`#stage [data-side=${side}] .tt-answer`)?.innerText.trim())",
+            arg=turn,
         )
         problem = self.page.locator("#chat-notice .tt-problem")
         assert not problem.count(), problem.inner_text()

@@ -10,9 +10,10 @@ from typing import Any
 from trimtab.steering.errors import TrimtabError
 from trimtab.ui.client import ServerError
 from trimtab.ui.page.api import Api
-from trimtab.ui.page.conversation import Answer, Conversation, Piece, Turn
+from trimtab.ui.page.conversation import SIDES, Answer, Conversation, Piece, Turn
+from trimtab.ui.page.frames import FRAME_S, frames
 
-_FRAME_S = 0.08  # a person sees no more than a dozen changes a second
+_LONG = 256  # tokens of both answers at which frames begin to come less often
 _SCORE_EVERY = 16  # tokens between two readings of a growing answer by the unsteered model
 
 
@@ -20,6 +21,8 @@ async def run(
     api: Api, conversation: Conversation, turn: Turn, *, model: str, sides: tuple[str, ...]
 ) -> AsyncIterator[Turn]:
     """Answer a turn's prompt and yield it when there is more to show, at most 12 times a second.
+
+    The longer the answers, the seldomer: drawing them takes time in proportion to their length.
 
     What ran before in this conversation is stopped first. Ends without yielding again if another
     run takes its place.
@@ -38,23 +41,17 @@ async def run(
         for side in sides
     ]
     conversation.tasks = tasks
-    running: set[asyncio.Task[None]] = set(tasks)
-    try:
-        while running:
-            waiting = asyncio.create_task(changed.wait())
-            await asyncio.wait({*running, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
-            changed.clear()
-            running = {task for task in running if not task.done()}
+    async with aclosing(frames(tasks, changed, interval_s=lambda: frame_seconds(turn))) as drawn:
+        async for _ in drawn:
             if conversation.tasks is not tasks and conversation.tasks:
                 return
             yield turn
-            if running:
-                await asyncio.sleep(_FRAME_S)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def frame_seconds(turn: Turn) -> float:
+    """Return how long to wait before a turn is drawn again."""
+    n_tokens = sum(len(turn.side(side).pieces) for side in SIDES)
+    return FRAME_S * max(1.0, n_tokens / _LONG)
 
 
 async def _answer(

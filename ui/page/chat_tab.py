@@ -13,7 +13,7 @@ from trimtab.steering.errors import TrimtabError
 from trimtab.ui.page.api import Api
 from trimtab.ui.page.catalogue import catalogue
 from trimtab.ui.page.chat_run import body, run
-from trimtab.ui.page.chat_view import PLAIN, SURPRISE, conversation_html, legend_html
+from trimtab.ui.page.chat_view import PLAIN, SURPRISE, last_html, legend_html, past_html
 from trimtab.ui.page.conversation import SIDES, Turn
 from trimtab.ui.page.gauges import gauges_html
 from trimtab.ui.page.live import LIVE
@@ -57,6 +57,7 @@ class ChatTab:
                     self.seed = gr.Number(None, label="Seed (empty: drawn)", precision=0)
             with gr.Column(scale=3, min_width=320):
                 self.notice = gr.HTML("", elem_id="chat-notice")
+                self.past = gr.HTML("", elem_id="past")
                 self.stage = gr.HTML("", elem_id="stage")
                 self.legend = gr.HTML("", elem_id="legend")
                 self.gauges = gr.HTML("", elem_id="gauges")
@@ -112,7 +113,7 @@ class ChatTab:
         return [self.panel, self.max_tokens, self.temperature, self.seed]
 
     def _wire(self) -> None:
-        shown = [self.stage, self.gauges, self.notice, self.share, *self.snippets]
+        shown = [self.stage, self.gauges, self.notice, self.past, self.share, *self.snippets]
         # Nothing waits for a run before it: a new one stops the old.
         live: dict[str, Any] = {**LIVE, "trigger_mode": "multiple"}
         gr.on(
@@ -130,8 +131,12 @@ class ChatTab:
             **live,
         )
         self.stop.click(self._stopped, None, None, **live)
-        self.fresh.click(self._begun_anew, None, [self.stage, self.gauges, self.notice], **live)
-        self.colour.change(self._coloured, self.colour, [self.stage, self.legend], **live)
+        self.fresh.click(
+            self._begun_anew, None, [self.past, self.stage, self.gauges, self.notice], **live
+        )
+        self.colour.change(
+            self._coloured, self.colour, [self.past, self.stage, self.legend], **live
+        )
         self.save.click(
             self._saved, [self.preset_name, *self._choices], [self.notice, self.panel], **live
         )
@@ -146,6 +151,7 @@ class ChatTab:
             self.max_tokens,
             self.temperature,
             self.seed,
+            self.past,
             self.stage,
             self.notice,
         ]
@@ -178,7 +184,8 @@ class ChatTab:
             settings.max_tokens,
             settings.temperature,
             settings.seed,
-            conversation_html(visitor.chat),
+            past_html(visitor.chat),
+            last_html(visitor.chat),
             notice,
         ]
 
@@ -245,20 +252,21 @@ class ChatTab:
             chat.turns.append(turn)
         asked = request_body(body(turn, "steered", model, chat.messages("steered", until=turn)))
         fixed = [
+            past_html(chat, colour=colour),
             share_html(to_link(settings)),
             as_json(asked),
             as_curl(asked, url=visitor.api.url, has_key=visitor.api.key is not None),
             as_python(asked, url=visitor.api.url, has_key=visitor.api.key is not None),
         ]
         if not sides:
-            yield [conversation_html(chat, colour=colour), gauges_html(turn), "", *fixed]
+            yield [last_html(chat, colour=colour), gauges_html(turn), "", *fixed]
             return
         async for _ in run(visitor.api, chat, turn, model=model, sides=sides):
-            yield [conversation_html(chat, colour=colour), gauges_html(turn), "", *fixed]
+            yield [last_html(chat, colour=colour), gauges_html(turn), "", *fixed]
             fixed = [gr.skip()] * len(fixed)
 
     def _only_notice(self, html: str) -> list[Any]:
-        return [gr.skip(), gr.skip(), html, *[gr.skip()] * (1 + len(self.snippets))]
+        return [gr.skip(), gr.skip(), html, *[gr.skip()] * (2 + len(self.snippets))]
 
     async def _stopped(self, request: gr.Request) -> None:
         self.visitors.of(request).chat.stop()
@@ -267,7 +275,7 @@ class ChatTab:
         chat = self.visitors.of(request).chat
         chat.stop()
         chat.turns.clear()
-        return [conversation_html(chat), gauges_html(None), ""]
+        return [past_html(chat), last_html(chat), gauges_html(None), ""]
 
     async def _coloured(self, request: gr.Request, colour: str) -> list[Any]:
         visitor = self.visitors.of(request)
@@ -280,7 +288,8 @@ class ChatTab:
         legend = legend_html(colour, names)
         if colour not in (PLAIN, SURPRISE) and colour not in labels:
             legend = note(f"{colour} is read from the next answer on.")
-        return [conversation_html(visitor.chat, colour=colour), legend]
+        chat = visitor.chat
+        return [past_html(chat, colour=colour), last_html(chat, colour=colour), legend]
 
     async def _saved(self, request: gr.Request, name: str, *choices: Any) -> list[Any]:
         visitor = self.visitors.of(request)

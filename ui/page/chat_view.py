@@ -16,30 +16,43 @@ _ENDS = {
 _MOST_NATS = 6.0  # full colour
 
 
-def conversation_html(conversation: Conversation, *, colour: str = PLAIN) -> str:
-    """Return both sides, one column each; on a narrow screen one under the other.
+def past_html(conversation: Conversation, *, colour: str = PLAIN) -> str:
+    """Return all turns but the last, one under the other; nothing in them changes any more.
 
     Args:
         conversation: what was said.
         colour: what the answers' tokens are coloured by: `nothing`, `surprise`, or a probe's name.
     """
-    sides = "".join(_side(conversation, side, colour) for side in SIDES)
-    return f'<div class="tt-sides">{sides}</div>'
+    turns = enumerate(conversation.turns[:-1], start=1)
+    return "".join(_turn(turn, i, colour) for i, turn in turns)
 
 
-def _side(conversation: Conversation, side: str, colour: str) -> str:
-    turns = "".join(
-        f'<p class="tt-said" dir="auto">{plain(turn.settings.prompt)}</p>'
-        f"{_answer(turn, side, colour)}"
-        for turn in conversation.turns
-    )
-    empty = '<p class="tt-empty">Ask something below.</p>'
-    live = (
-        'aria-live="polite" aria-busy="true"' if conversation.is_running else 'aria-live="polite"'
-    )
+def last_html(conversation: Conversation, *, colour: str = PLAIN) -> str:
+    """Return the last turn, which may be growing, or where it will be.
+
+    Args:
+        conversation, colour: as for `past_html`.
+    """
+    n = len(conversation.turns)
+    turn = conversation.turns[-1] if n else None
+    return _turn(turn, n, colour, is_running=conversation.is_running)
+
+
+def _turn(turn: Turn | None, number: int, colour: str, *, is_running: bool | None = None) -> str:
+    sides = "".join(_side(turn, side, colour, is_running) for side in SIDES)
+    return f'<div class="tt-sides" data-turn="{number}">{sides}</div>'
+
+
+def _side(turn: Turn | None, side: str, colour: str, is_running: bool | None) -> str:
+    live = "" if is_running is None else ' aria-live="polite"'
+    busy = ' aria-busy="true"' if is_running else ""
+    said = '<p class="tt-empty">Ask something below.</p>'
+    if turn is not None:
+        prompt = plain(turn.settings.prompt)
+        said = f'<p class="tt-said" dir="auto">{prompt}</p>{_answer(turn, side, colour)}'
     return (
         f'<section class="tt-side" data-side="{side}" aria-label="{_HEADINGS[side]}">'
-        f"<h3>{_HEADINGS[side]}</h3><div {live}>{turns or empty}</div></section>"
+        f"<h3>{_HEADINGS[side]}</h3><div{live}{busy}>{said}</div></section>"
     )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from trimtab.steering.errors import TrimtabError
 from trimtab.ui.client import ServerError
 from trimtab.ui.page.api import Api
+from trimtab.ui.page.frames import frames
 from trimtab.ui.page.why_question import How, Question
 
-_FRAME_S = 0.08  # a person sees no more than a dozen changes a second
 _PATH = "/v1/attributions"
 
 
@@ -82,24 +82,13 @@ class Explaining:
         self._latest = explanation
         changed = asyncio.Event()
         task = asyncio.create_task(_ask(api, explanation, model, changed))
-        # A task that is cancelled before its first step runs no `finally`.
-        task.add_done_callback(lambda _: changed.set())
         self._task = task
-        try:
-            while not task.done():
-                await changed.wait()
-                changed.clear()
+        async with aclosing(frames([task], changed)) as drawn:
+            async for _ in drawn:
                 if not self.is_latest(explanation):
                     return
-                if not task.done():
-                    yield explanation
-                    await asyncio.sleep(_FRAME_S)
-            explanation.is_cancelled = task.cancelled()
-            if self.is_latest(explanation):
+                explanation.is_cancelled = task.cancelled()
                 yield explanation
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
 
 async def _ask(api: Api, explanation: Explanation, model: str, changed: asyncio.Event) -> None:

@@ -66,6 +66,25 @@ def test_a_slider_moved_answers_again_and_leaves_the_baseline(open_page, served_
     assert chat.text("baseline") == plain
 
 
+def test_a_second_turn_leaves_the_first_as_it_is(open_page, served_page):
+    """Catches a chat that forgets, or draws all its turns anew for every token."""
+    page = open_page()
+    chat = ChatPage(page, served_page.url, query=link(prompt="Is it far?", **STEERED))
+    chat.send()
+    chat.wait()
+    first = chat.text("steered")
+    chat.choose(prompt="And back?")
+    chat.send()
+    page.evaluate("document.querySelector('#past [data-turn=\"1\"]').isSame = true")
+    chat.wait()
+    assert page.evaluate("document.querySelector('#past [data-turn=\"1\"]').isSame")
+    assert first in page.inner_text('#past [data-turn="1"] [data-side="steered"]')
+    assert "And back?" in page.inner_text('#stage [data-turn="2"]')
+    page.click("#new-chat")
+    page.wait_for_selector("#past [data-turn]", state="detached")
+    page.wait_for_selector("#stage .tt-empty >> nth=0")
+
+
 def test_classifiers_gates_ablation_and_probes_reach_the_server(open_page, served_page):
     """Catches a control that is drawn and not sent."""
     chat = ChatPage(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trimtab.ui.client import ServerError
-from trimtab.ui.page.chat_run import run
+from trimtab.ui.page.chat_run import frame_seconds, run
 from trimtab.ui.page.conversation import SIDES, Conversation, Piece, Turn
 from trimtab.ui.page.run_settings import read_settings
 
@@ -186,3 +186,12 @@ def test_a_run_shows_its_end(sides: tuple[str, ...]):
 
     asyncio.run(play())
     assert shown[-1] is False
+
+
+def test_long_answers_are_drawn_less_often():
+    """A frame of 2000 tokens takes 40 ms; twelve a second would be half of the server's time."""
+    turn = steered()
+    few = frame_seconds(turn)
+    turn.baseline.pieces = turn.steered.pieces = [Piece("a")] * 2048
+    assert few < 0.1
+    assert frame_seconds(turn) > 1.0

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from trimtab.ui.page.chat_view import SURPRISE, conversation_html, legend_html
+from trimtab.ui.page.chat_view import SURPRISE, last_html, legend_html, past_html
 from trimtab.ui.page.conversation import Answer, Conversation, Piece, Turn
 from trimtab.ui.page.gauges import gauges_html, repetition_gauge, surprise_gauge
 from trimtab.ui.page.run_settings import read_settings
@@ -30,7 +30,7 @@ def chat_of(turn: Turn) -> Conversation:
 def test_what_a_model_or_a_person_says_is_never_html():
     """A prompt or an answer with a tag in it must not run in anybody's browser."""
     said = Answer([Piece(HOSTILE, (HOSTILE,), -1.0, {HOSTILE: {HOSTILE: 0.5}})], error=HOSTILE)
-    html = conversation_html(chat_of(turn_of(said)), colour=HOSTILE) + legend_html(
+    html = last_html(chat_of(turn_of(said)), colour=HOSTILE) + legend_html(
         HOSTILE, {HOSTILE: [HOSTILE]}
     )
     assert "<img" not in html
@@ -39,10 +39,23 @@ def test_what_a_model_or_a_person_says_is_never_html():
     assert "<img" not in share_html('"><img src=x>')
 
 
+def test_what_is_finished_is_apart_from_what_grows():
+    """Forty turns drawn anew twelve times a second leave the server no time to answer."""
+    first, last = (turn_of(Answer([Piece(text)], finish="stop")) for text in ("One", "Two"))
+    chat = Conversation(turns=[first, last])
+    assert ("One" in past_html(chat), "Two" in past_html(chat)) == (True, False)
+    assert ("One" in last_html(chat), "Two" in last_html(chat)) == (False, True)
+    assert 'data-turn="1"' in past_html(chat)
+    assert 'data-turn="2"' in last_html(chat)
+    assert "aria-live" not in past_html(chat)
+    assert past_html(chat_of(last)) == past_html(Conversation()) == ""
+    assert "Ask something" in last_html(Conversation())
+
+
 def test_surprise_stands_at_the_words_it_was_read_at():
     """Tokens of the two readings differ; places in the text do not."""
     answer = Answer([Piece("One"), Piece(" two")], surprise=[(2, 1.0), (3, 0.5), (7, 6.0)])
-    html = conversation_html(chat_of(turn_of(answer)), colour=SURPRISE)
+    html = last_html(chat_of(turn_of(answer)), colour=SURPRISE)
     assert "surprise 1.50 nats" in html
     assert "surprise 6.00 nats" in html
     assert "var(--tt-minus) 70%" in html  # the strongest
@@ -52,10 +65,10 @@ def test_a_probes_reading_colours_and_is_told_in_numbers():
     """A colour alone says nothing to those who cannot see it."""
     readings = {"tone": {"kind": 0.9, "casual": 0.1}, "warm": {"warm": 0.2}}
     answer = Answer([Piece("One", ("One",), -0.1, readings)])
-    html = conversation_html(chat_of(turn_of(answer)), colour="tone")
+    html = last_html(chat_of(turn_of(answer)), colour="tone")
     assert "var(--tt-label-0) 63%" in html
     assert "tone: kind 0.90, casual 0.10" in html
-    assert "var(--tt-minus) 42%" in conversation_html(chat_of(turn_of(answer)), colour="warm")
+    assert "var(--tt-minus) 42%" in last_html(chat_of(turn_of(answer)), colour="warm")
 
 
 @pytest.mark.parametrize(
