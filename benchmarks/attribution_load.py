@@ -94,7 +94,7 @@ def _round(
         ThreadPoolExecutor(64) as pool,
     ):
         chats = [
-            pool.submit(_chat, client, server.model, topic, n_tokens, started) for topic in TOPICS
+            pool.submit(stream, client, server.model, topic, n_tokens, started) for topic in TOPICS
         ]
         started.wait()
         began = time.perf_counter()
@@ -106,9 +106,22 @@ def _round(
         return gaps, time.perf_counter() - began, answers
 
 
-def _chat(
-    client: httpx.Client, model: str, topic: str, n_tokens: int, started: threading.Barrier
+def stream(
+    client: httpx.Client,
+    model: str,
+    topic: str,
+    n_tokens: int,
+    started: threading.Barrier | None = None,
 ) -> list[float]:
+    """Stream a chat and return the gaps between its tokens, seconds.
+
+    Args:
+        client: of the server.
+        model: its model's name.
+        topic: what the story is to be about.
+        n_tokens: how long it gets.
+        started: waited for once the chat is past its prompt.
+    """
     body = {
         "model": model,
         "messages": [{"role": "user", "content": f"Write a long story about {topic}."}],
@@ -123,7 +136,7 @@ def _chat(
             if '"content"' not in line:
                 continue
             times.append(time.perf_counter())
-            if len(times) == 4:
+            if len(times) == 4 and started is not None:
                 started.wait()  # every chat is past its prompt
     # From here on: a chat's first tokens wait for the others' prompts.
     return [b - a for a, b in pairwise(times[4:])]

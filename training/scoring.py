@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from trimtab.steering.errors import DataError
 from trimtab.steering.plan import Plan
+from trimtab.training.row_reader import RowReader
 from trimtab.training.steered_model import SteeredModel
 
 _MAX_ROWS = 32
-_CACHES = ("past_key_values", "cache_params")  # attention's name for it, and state-space models'
 
 
 @dataclass(frozen=True)
@@ -105,21 +106,29 @@ def _logprobs(
     host: SteeredModel, rows: Sequence[Sequence[int]], *, plan: Plan | None, first: int
 ) -> tuple[torch.Tensor, int]:
     """Return log P of each token from position `first` on, `[n_rows, longest - first]`."""
+    ids = host.pad(rows)
+    reader = RowReader(host, plan=plan)
+    parts = host.parts(*ids.shape)
+    scores = [host.run(partial(_part_logprobs, reader, ids, part, first)) for part in parts]
+    return torch.cat(scores, dim=1), first
 
-    def work() -> torch.Tensor:
-        ids = host.pad(rows)
-        n_rows, n_tokens = ids.shape
-        keep = torch.arange(first - 1, n_tokens - 1, device=host.device)
-        with host.under(plan, n_rows=n_rows, n_tokens=n_tokens):
-            logits = host.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
-        scores = torch.zeros(n_rows, n_tokens - first)
-        for r in range(n_rows):  # a row at a time bounds the float32 copy of the logits
-            row = logits[r].float()
-            own = row.gather(1, ids[r, first:].unsqueeze(1))[:, 0]
-            scores[r] = (own - row.logsumexp(-1)).cpu()
-        return scores
 
-    return host.run(work), first
+def _part_logprobs(reader: RowReader, ids: torch.Tensor, part: range, first: int) -> torch.Tensor:
+    """Return log P of the tokens from `first` on that a part of their rows predicts."""
+    n_rows, n_tokens = ids.shape
+    start = max(first - 1, part.start)
+    keep = torch.arange(start, max(start, min(part.stop, n_tokens - 1)), device=ids.device)
+    # A part of a prompt predicts nothing that is asked for; heads take one token at least.
+    places = keep - part.start if len(keep) else torch.zeros_like(ids[0, :1])
+    logits = reader.read(
+        ids[:, part.start : part.stop], is_last=part.stop == n_tokens, logits_to_keep=places
+    ).logits[:, : len(keep)]
+    scores = torch.zeros(n_rows, len(keep))
+    for r in range(n_rows):  # a row at a time bounds the float32 copy of the logits
+        row = logits[r].float()
+        own = row.gather(1, ids[r, keep + 1].unsqueeze(1))[:, 0]
+        scores[r] = (own - row.logsumexp(-1)).cpu()
+    return scores
 
 
 @dataclass(frozen=True)
@@ -186,29 +195,29 @@ def _continue(
     new: list[list[int]] = [[] for _ in prompts]
     entropies: list[list[float]] = [[] for _ in prompts]
     is_open = [True] * n_rows
-    ids, start = torch.tensor([list(p) for p in prompts], device=host.device), 0
-    cache: dict[str, Any] = {}
+    ids = torch.tensor([list(p) for p in prompts], device=host.device)
+    reader = RowReader(host, plan=plan, n_prompt=n_prompt)
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        nonlocal cache
-        n_now = ids.shape[1]
         # Named by its place the last row is copied, sliced it is a view, over which bfloat16's
         # product on a CPU takes 0.1 s a row (49152 words, one Zen 5 core); the numbers are the
         # same. Those of float32 would differ in the last bit, and its product takes views well.
         is_wide = host.loaded.dtype == torch.float32
-        keep = 1 if is_wide else torch.tensor([n_now - 1], device=host.device)
-        with host.under(plan, n_rows=n_rows, n_tokens=n_now, start=start, n_prompt=n_prompt):
-            output = host.model(input_ids=ids, use_cache=True, logits_to_keep=keep, **cache)
-        cache = {name: output[name] for name in _CACHES if output.get(name) is not None}
-        assert cache  # without one the next step would see a single token
+        keep = 1 if is_wide else torch.tensor([ids.shape[1] - 1], device=host.device)
+        output = reader.read(ids, is_last=False, logits_to_keep=keep)
         logprobs = output.logits[:, -1].float().log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.argmax(-1, keepdim=True), entropy
 
+    def read_before(part: range) -> None:
+        reader.read(ids[:, part.start : part.stop], is_last=False, model=host.model.base_model)
+
+    *before, last = host.parts(n_rows, n_prompt)
+    for part in before:
+        host.run(partial(read_before, part))
+    ids = ids[:, last.start :]
     for _ in range(n_tokens):
-        n_now = ids.shape[1]
         ids, entropy = host.run(step)
-        start += n_now
         for r in range(n_rows):
             if is_open[r]:
                 new[r].append(int(ids[r, 0]))

@@ -35,8 +35,8 @@ class SteeredModel:
         loaded: the model.
         profile: its layers and norms.
         slices: where every use of the model runs; a server's takes turns with its requests.
-        slice_tokens: most tokens of one pass, if several rows make it up; None chooses for a model
-            that is shared, and lets a model of one's own take what suits each measure.
+        slice_tokens: most tokens of one pass; None chooses for a model that is shared, and lets a
+            model of one's own take what suits each measure.
         subject: the same model as attribution asks it, if there is one already.
     """
 
@@ -91,6 +91,17 @@ class SteeredModel:
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Group rows for padded passes; see `batches`."""
         return batches(lengths, max_tokens=min(_BATCH_TOKENS, self.slice_tokens or _BATCH_TOKENS))
+
+    def parts(self, n_rows: int, n_tokens: int) -> list[range]:
+        """Return the parts in which rows are read, one pass a part, consecutive.
+
+        A model that does more than attend reads its rows whole, however long: few of those go on
+        from their cache with more than one token.
+        """
+        most = n_tokens if self.slice_tokens is None else max(1, self.slice_tokens // n_rows)
+        if n_tokens <= most or self.subject.tree_problem is not None:
+            return [range(n_tokens)]
+        return [range(at, min(at + most, n_tokens)) for at in range(0, n_tokens, most)]
 
     @cached_property
     def subject(self) -> Subject:

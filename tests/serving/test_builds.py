@@ -37,8 +37,8 @@ def host_of(served: Served, *, slice_tokens: int | None = 256) -> SteeredModel:
     return SteeredModel(engine.loaded, engine.profile, slice_tokens=slice_tokens)
 
 
-def pairs() -> Any:
-    return pair_set(((f"pairs[{i}]", row) for i, row in enumerate(PAIRS)), name="pairs")
+def pairs(*more: dict[str, Any]) -> Any:
+    return pair_set(((f"pairs[{i}]", row) for i, row in enumerate([*PAIRS, *more])), name="pairs")
 
 
 def n_hooks(served: Served) -> int:
@@ -83,10 +83,21 @@ def test_a_vector_is_what_the_builder_builds(
 
 
 def test_a_calibrated_vector_is_what_the_builder_builds(serve_toy: Callable[..., Served]) -> None:
-    """Catches a calibration, or a map, that runs otherwise in a server."""
+    """Catches a calibration, or a map, that runs otherwise in a server, and a long text read in one
+    pass, for whose end chats would wait."""
     served = serve_toy()
-    card = built(served, VECTOR, calibrate=True, map=True, normalize=True)
-    direct = build_vector(host_of(served), pairs(), id="made", is_mapped=True, normalize=True)
+    long = {"prompt": "Why?" * 60, "preferred": "Fine. " * 30, "dispreferred": "Bad! " * 30}
+    sizes: list[int] = []
+
+    def note(module: Any, args: Any, given: dict[str, Any]) -> None:
+        sizes.append(given["input_ids"].numel())
+
+    model = served.engine.loaded.model.base_model
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    card = built(served, VECTOR, calibrate=True, map=True, normalize=True, pairs=[*PAIRS, long])
+    handle.remove()
+    assert 128 < max(sizes) <= 256
+    direct = build_vector(host_of(served), pairs(long), id="made", is_mapped=True, normalize=True)
     ours = served.store.vector("made")
     assert torch.equal(ours.directions, direct.directions)
     assert ours.calibration == direct.calibration
@@ -344,12 +355,12 @@ def test_the_real_model_builds_beside_chats(real_server: Served) -> None:
     some = concept("warm").build[:12]
     rows = [
         {
-            "prompt": p.prompt,
+            "prompt": p.prompt * (1 if i else 40),  # the first is too long for one pass
             "preferred": p.preferred,
             "dispreferred": p.dispreferred,
             "split": "build",
         }
-        for p in some
+        for i, p in enumerate(some)
     ]
     asked = {"model": "smollm2", "max_tokens": 12}
     plain = real_server.chat(**asked).json()["choices"]

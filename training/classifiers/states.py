@@ -88,7 +88,7 @@ def read_rows(
     Args:
         host: the model, unsteered.
         answers: texts as tokens.
-        places: of each text the tokens to read.
+        places: of each text the tokens to read, ascending.
         layers: 0-based; layer l is the output of decoder block l, where steering acts.
         progress: called with texts done and in all.
     """
@@ -98,12 +98,14 @@ def read_rows(
     # Made outside inference mode: training has to be able to keep it for its backward pass.
     states = torch.zeros(starts[-1], len(layers), host.profile.ref.hidden_size)
 
-    def read(i: int, found: States) -> torch.Tensor:
-        chosen = [found[layer][list(places[i])].float().cpu() for layer in layers]
-        return torch.stack(chosen, dim=1)
+    def read(i: int, found: States, part: range) -> torch.Tensor:
+        own = [at - part.start for at in places[i] if at in part]
+        return torch.stack([found[layer][own].float().cpu() for layer in layers], dim=1)
 
+    following = starts[:-1]
     for i, found in each_answer(host, answers, layers=layers, read=read, progress=progress):
-        states[starts[i] : starts[i + 1]] = found
+        states[following[i] : following[i] + len(found)] = found
+        following[i] += len(found)
     owner = torch.repeat_interleave(
         torch.arange(len(places)), torch.tensor([len(text) for text in places])
     )

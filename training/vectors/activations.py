@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
 
 from trimtab.steering.errors import DataError
 from trimtab.steering.model.hooks import captured
+from trimtab.training.row_reader import RowReader
 from trimtab.training.scoring import Answer
 from trimtab.training.steered_model import SteeredModel
 
 T = TypeVar("T")
 States = Mapping[int, torch.Tensor]
-"""Layer -> states of one text's tokens, `[at least its tokens, hidden_size]`."""
+"""Layer -> states of consecutive tokens of one text, `[n_tokens, hidden_size]`."""
 
 Position = str | int
 """`last` (the answer's last token before its end mark), `mean` (over the answer) or an index into
@@ -59,13 +61,15 @@ def hidden_states(
     result = torch.zeros(len(answers), n_layers, host.profile.ref.hidden_size)
     tokens = [tokens_at(answer, position) for answer in answers]
 
-    def mean(i: int, states: States) -> torch.Tensor:
-        read = [states[layer][tokens[i]].float().mean(0).cpu() for layer in range(n_layers)]
-        return torch.stack(read)
+    def share(i: int, states: States, part: range) -> torch.Tensor:
+        """What a part's tokens add to the answer's mean."""
+        own = [at - part.start for at in part if tokens[i].start <= at < tokens[i].stop]
+        n_read = tokens[i].stop - tokens[i].start
+        return torch.stack([states[n][own].float().sum(0).cpu() / n_read for n in range(n_layers)])
 
     layers = range(n_layers)
-    for i, state in each_answer(host, answers, layers=layers, read=mean, progress=progress):
-        result[i] = state
+    for i, state in each_answer(host, answers, layers=layers, read=share, progress=progress):
+        result[i] += state
     return result
 
 
@@ -74,23 +78,30 @@ def each_answer(
     answers: Sequence[Answer],
     *,
     layers: Sequence[int],
-    read: Callable[[int, States], T],
+    read: Callable[[int, States, range], T],
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, T]]:
     """Yield (number of the answer, what was read of it), texts of similar length together.
+
+    A text that is too long for one pass is read in parts: it comes once a part, first to last.
 
     Args:
         host: the model, unsteered.
         answers: texts as tokens.
         layers: decoder layers whose outputs are read.
-        read: takes an answer's number and its tokens' states, on the model's device in its dtype,
-            and returns what is wanted of them. It is part of the piece that runs the model: the
-            states are gone when that ends.
+        read: takes an answer's number, the states of some of its tokens, on the model's device in
+            its dtype, and which tokens these are, and returns what is wanted of them. A shorter
+            text's states and tokens go on past its end. It is part of the piece that runs the
+            model: the states are gone when that ends.
         progress: called with texts done and in all.
     """
     done = 0
     for group in host.batches([len(a.ids) for a in answers]):
-        yield from zip(group, _read(host, answers, group, layers, read), strict=True)
+        ids = host.pad([answers[i].ids for i in group])
+        reader = RowReader(host)
+        for part in host.parts(*ids.shape):
+            found = host.run(partial(_read, host, reader, ids, part, group, layers, read))
+            yield from zip(group, found, strict=True)
         done += len(group)
         if progress is not None:
             progress(done, len(answers))
@@ -98,18 +109,17 @@ def each_answer(
 
 def _read(
     host: SteeredModel,
-    answers: Sequence[Answer],
+    reader: RowReader,
+    ids: torch.Tensor,
+    part: range,
     group: Sequence[int],
     layers: Sequence[int],
-    read: Callable[[int, States], T],
+    read: Callable[[int, States, range], T],
 ) -> list[T]:
-    def work() -> list[T]:
-        ids = host.pad([answers[i].ids for i in group])
-        with captured(host.profile.layers, layers) as states:
-            host.model.base_model(input_ids=ids, use_cache=False)
-        return [read(i, {n: states[n][r] for n in layers}) for r, i in enumerate(group)]
-
-    return host.run(work)
+    is_last = part.stop == ids.shape[1]
+    with captured(host.profile.layers, layers) as states:
+        reader.read(ids[:, part.start : part.stop], is_last=is_last, model=host.model.base_model)
+    return [read(i, {n: states[n][r] for n in layers}, part) for r, i in enumerate(group)]
 
 
 def tokens_at(answer: Answer, position: Position) -> slice:
