@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 _BATCH_TOKENS = 2048
 # Tokens of one pass where chats wait for its end: on a CPU 256 take about 0.2 s (a 135M model, two
-# cores), as long as what the batch itself reads of a prompt between two tokens of the others.
+# cores), as long as what the batch itself reads of a prompt between two tokens of the others; twice
+# that if each one's prediction is scored.
 _SHARED_TOKENS = {"cpu": 256}
 _SHARED_TOKENS_ELSEWHERE = 8192
 
