@@ -96,8 +96,8 @@ class SteeredModel:
     def parts(self, n_rows: int, n_tokens: int) -> list[range]:
         """Return the parts in which rows are read, one pass a part, consecutive.
 
-        A model that does more than attend reads its rows whole, however long: few of those go on
-        from their cache with more than one token.
+        A model that does more than attend reads its rows whole, however long: not all of those go
+        on from their cache with more than one token, and some that do not say nothing.
         """
         most = n_tokens if self.slice_tokens is None else max(1, self.slice_tokens // n_rows)
         if n_tokens <= most or self.subject.tree_problem is not None:
