@@ -79,9 +79,9 @@ test-embedded: $(READY)  ## run the tests that need neither vLLM nor a browser (
 	$(BIN)/python -m pytest -m 'not browser' $(TEST_ARGS)
 	@$(MAKE) --no-print-directory test-torchao
 
-test-page: export OMP_NUM_THREADS ?= 1
+# Those of the page before vLLM need .venv-vllm, which test-vllm makes.
 test-page: $(READY)  ## run the tests marked browser: the page (PAGE_TEST_ARGS="-k name")
-	$(BIN)/python -m pytest -m browser $(PAGE_TEST_ARGS)
+	$(call PYTEST_WITH_VLLM,$(BIN)) -m browser $(PAGE_TEST_ARGS)
 
 test-torchao: $(READY) $(TORCHAO)  ## compare the 4-bit formats with torchao's, bit for bit
 	PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest -q -W ignore -k torchao tests/formats/test_formats_elsewhere.py
@@ -89,17 +89,18 @@ test-torchao: $(READY) $(TORCHAO)  ## compare the 4-bit formats with torchao's, 
 # In one process an engine is ready after 20 s, in three after 50 (two cores). One thread, bound to no
 # core: two wait for one another, and beside other work took 9 minutes for what one does in 2.5.
 # Files that are loaded are compiled by the first run; compiling all 23,000 ahead takes a minute.
-VLLM_TEST_ENV := VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
+# $(1): the environment whose pytest it is; the page's tests start vLLM from theirs.
+PYTEST_WITH_VLLM = VLLM_CACHE_ROOT="$${VLLM_CACHE_ROOT:-$$($(1)/python -c '$(VLLM_CACHE)')}" \
+	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
 	VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 \
-	PYTHONDONTWRITEBYTECODE=
+	PYTHONDONTWRITEBYTECODE= $(1)/python -m pytest
 VLLM_CACHE := from trimtab.steering.model.paths import cache_home; print(cache_home() / "vllm")
 
 ifneq ($(HAS_VLLM_CPU),)
 vllm: $(VLLM_READY) $(VLLM_OLDEST)  ## make the environment in .venv-vllm, with vLLM's CPU build
 
 test-vllm: vllm  ## run the tests marked vllm in .venv-vllm (VLLM_TEST_ARGS="-k name")
-	export VLLM_CACHE_ROOT="$${VLLM_CACHE_ROOT:-$$($(VLLM_BIN)/python -c '$(VLLM_CACHE)')}"; \
-	$(VLLM_TEST_ENV) $(VLLM_BIN)/python -m pytest -m vllm $(VLLM_TEST_ARGS)
+	$(call PYTEST_WITH_VLLM,$(VLLM_BIN)) -m vllm $(VLLM_TEST_ARGS)
 else
 vllm:
 	@echo "vLLM's environment can't be made: $(NO_VLLM_CPU)" >&2; exit 1

@@ -1,4 +1,4 @@
-"""A server on loopback in a thread of its own, for as long as a `with` block lasts."""
+"""Servers on loopback in threads of their own, for as long as a `with` block lasts."""
 
 from __future__ import annotations
 
@@ -65,29 +65,37 @@ class Served:
 
 
 @contextlib.contextmanager
+def listening(app: Any) -> Iterator[tuple[str, uvicorn.Server]]:
+    """Serve an app, and give its address. Who connects before it has started waits."""
+    config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    # With its protocol named, or asyncio leaves Nagle's algorithm on: 40 ms a request.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", server
+        finally:
+            server.should_exit = True
+            thread.join(timeout=30)
+            assert not thread.is_alive(), "the server did not stop"
+
+
+@contextlib.contextmanager
 def running(
     engine: Engine, store: Store, *, settings: ServerSettings, wait: bool = True, **more: Any
 ) -> Iterator[Served]:
     headers = more.pop("headers", {})
     app = create_app(engine, store, settings=settings, **more)
-    config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    # With its protocol named, or asyncio leaves Nagle's algorithm on: 40 ms a request.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.bind(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    served = Served(engine, store, f"http://127.0.0.1:{port}", app, server, headers)
-    try:
-        served.until(lambda: server.started)
-        if wait:
-            served.until(lambda: served.http.get("/health").status_code == 200, within_s=120)
-        yield served
-    finally:
-        served.http.close()
-        served.openai.close()
-        server.should_exit = True
-        thread.join(timeout=30)
-        listener.close()
-        assert not thread.is_alive(), "the server did not stop"
+    with listening(app) as (url, server):
+        served = Served(engine, store, url, app, server, headers)
+        try:
+            served.until(lambda: server.started)
+            if wait:
+                served.until(lambda: served.http.get("/health").status_code == 200, within_s=120)
+            yield served
+        finally:
+            served.http.close()
+            served.openai.close()

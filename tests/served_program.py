@@ -79,20 +79,24 @@ class ServedProgram:
 
 @contextmanager
 def started(
-    *args: str, codes: tuple[int, ...] = (0,), **environment: str
+    *args: str,
+    codes: tuple[int, ...] = (0,),
+    python: str = sys.executable,
+    **environment: str,
 ) -> Iterator[ServedProgram]:
     """Start a command; end as Ctrl-C does.
 
     Args:
         args: after `trimtab`; `--port 0` is added.
         codes: the statuses it may end with.
+        python: the interpreter, of this environment or of another.
         environment: added to this process's own.
 
     Raises:
         AssertionError: it did not end well, or showed a traceback.
     """
     with subprocess.Popen(
-        [sys.executable, "-P", "-c", PROGRAM, *args, "--port", "0"],
+        [python, "-P", "-c", PROGRAM, *args, "--port", "0"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -115,8 +119,10 @@ def started(
 
 
 @contextmanager
-def serving(*args: str, **environment: str) -> Iterator[ServedProgram]:
+def serving(
+    *args: str, python: str = sys.executable, **environment: str
+) -> Iterator[ServedProgram]:
     """`trimtab serve` as `started` does, ready."""
-    with started("serve", *args, **environment) as served:
+    with started("serve", *args, python=python, **environment) as served:
         assert served.url
         yield served

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
-import uvicorn
 from browser import keep_screenshot
 from build_on_page import BuildPage
 from fastapi import FastAPI
+from page_before import page_before
+from running_server import listening
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from trimtab.ui.page.api import Api
-from trimtab.ui.page.app import page_app
 from trimtab.ui.page.mount import PATH
 
 pytestmark = pytest.mark.browser
@@ -87,39 +84,23 @@ def told(builds: list[dict[str, Any]], *, refusal: str | None = None) -> FastAPI
     return app
 
 
-@contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """Serve an app on loopback, and give its address."""
-    with socket.create_server(("127.0.0.1", 0)) as port:
-        config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{port.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(timeout=30)
-            assert not thread.is_alive()
-
-
 @pytest.fixture
-def page_before() -> Iterator[Callable[[FastAPI], str]]:
+def address_of() -> Iterator[Callable[[FastAPI], str]]:
     """Gives the address of the page of a server. Asked for before `open_page`, it ends after it."""
     with ExitStack() as running:
 
         def address(server: FastAPI) -> str:
-            url = running.enter_context(listening(server))
-            return running.enter_context(listening(page_app(Api(url)))) + PATH + "/"
+            url, _ = running.enter_context(listening(server))
+            return running.enter_context(page_before(url)) + PATH + "/"
 
         yield address
 
 
 @pytest.mark.parametrize("is_dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_what_was_measured_is_drawn_at_any_width(page_before, open_page, width, is_dark):
+def test_what_was_measured_is_drawn_at_any_width(address_of, open_page, width, is_dark):
     """Catches maps that make the page scroll sideways, a lost knee, and text that is obeyed."""
-    url = page_before(told([done_build()]))
+    url = address_of(told([done_build()]))
     page = open_page(width=width, is_dark=is_dark)
     BuildPage(page, url)
     page.click("#build-which input")
@@ -138,9 +119,9 @@ def test_what_was_measured_is_drawn_at_any_width(page_before, open_page, width, 
     assert 0 <= drawn["x"] <= drawn["x"] + drawn["width"] <= width
 
 
-def test_a_server_that_cannot_build_says_so(page_before, open_page):
+def test_a_server_that_cannot_build_says_so(address_of, open_page):
     """Catches a tab that looks ready on an engine that has the model elsewhere."""
-    url = page_before(told([], refusal="This engine cannot build with the model."))
+    url = address_of(told([], refusal="This engine cannot build with the model."))
     build = BuildPage(open_page(), url)
     assert "GET: This engine cannot build" in build.problem()
     build.start()

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
+from page_before import page_before
 from running_server import NAME, Served, running
 from serving_fakes import FakeEngine, model_ref, toy_vector
 
 from trimtab.serving.settings import ServerSettings
 from trimtab.steering.store import Store
-from trimtab.ui.page.api import Api
-from trimtab.ui.page.app import page_app
 from trimtab.ui.page.mount import PATH
 
 # A page is asked for after the servers it speaks to, so that it is closed before they end.
@@ -40,24 +37,8 @@ def keyed(tmp_path: Path) -> Iterator[Served]:
 @pytest.fixture
 def alone(keyed: Served) -> Iterator[str]:
     """The page's address."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        page_app(Api(keyed.url)), log_level="critical", ws="none", timeout_graceful_shutdown=1
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        end = time.monotonic() + 30
-        while not server.started:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}{PATH}"
-    finally:
-        server.should_exit = True
-        thread.join(timeout=30)
-        listening.close()
-        assert not thread.is_alive()
+    with page_before(keyed.url) as address:
+        yield address + PATH
 
 
 def test_a_key_is_its_visitors_own(keyed, alone, open_page):
