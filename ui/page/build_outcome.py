@@ -18,7 +18,7 @@ from trimtab.ui.page.build_view import (
 )
 from trimtab.ui.page.build_watch import PATH, build_path, is_under_way
 from trimtab.ui.page.catalogue import catalogue
-from trimtab.ui.page.chat_tab import ChatTab
+from trimtab.ui.page.chat_tab import ChatTab, offering
 from trimtab.ui.page.download import Download, file_value
 from trimtab.ui.page.library import Item
 from trimtab.ui.page.library_try import chat_settings
@@ -80,7 +80,7 @@ class BuildOutcome:
         self.which.input(self._chosen, self.which, self.shown, trigger_mode="multiple", **LIVE)
         self.cancel.click(self._cancelled, self.which, self.notice, **LIVE)
         self.try_it.click(
-            self._tried, self.which, [self.notice, chat.panel, chat.notice, tabs], **LIVE
+            self._tried, self.which, [self.notice, *chat.offered, chat.notice, tabs], **LIVE
         )
         file_out = [self.notice, self.download.place]
         self.download.forget(self.save.click(self._saved, self.which, file_out, **LIVE))
@@ -164,11 +164,11 @@ class BuildOutcome:
         try:
             item = await self._built(request, build)
             settings = chat_settings(item, await api.get(item.path))
-            panel = gr.HTML(value=settings, catalogue=await catalogue(api))
+            offered = offering(await catalogue(api), settings=settings)
         except TrimtabError as error:
-            return [problem(error), gr.skip(), gr.skip(), gr.skip()]
+            return [problem(error), *[gr.skip()] * 4]
         said = note(f"What {item} does is set beside the chat. Send a prompt to see it.")
-        return ["", panel, said, gr.Tabs(selected="chat")]
+        return ["", *offered, said, gr.Tabs(selected="chat")]
 
     async def _saved(self, request: gr.Request, build: str | None) -> list[Any]:
         return await self._file(request, build, "safetensors")

@@ -61,7 +61,7 @@ class BuildTab:
         abouts = [vector.example, vector.about, classifier.about]
         tab.select(self._opened, chosen, [self.notice, *chosen, *abouts], **LIVE).then(
             outcome.resume, None, outcome.shown, trigger_mode="multiple", **LIVE
-        ).then(self._chat_refreshed, None, chat.panel, **LIVE)
+        ).then(self._chat_refreshed, None, chat.offered, **LIVE)
         gr.on([one.input for one in chosen], self._explained, chosen, abouts, **LIVE)
         # Not once at a time: a build may be started while another is watched.
         self.start.click(
@@ -70,7 +70,7 @@ class BuildTab:
             outcome.shown,
             trigger_mode="multiple",
             **LIVE,
-        ).then(self._chat_refreshed, None, chat.panel, **LIVE)
+        ).then(self._chat_refreshed, None, chat.offered, **LIVE)
 
     async def _opened(
         self, request: gr.Request, concept: str | None, method: str | None, bundled: str | None
@@ -122,9 +122,9 @@ class BuildTab:
         async for shown in self.outcome.follow(visitor, state["id"]):
             yield shown
 
-    async def _chat_refreshed(self, request: gr.Request) -> Any:
+    async def _chat_refreshed(self, request: gr.Request) -> list[Any]:
         """Offer in the chat what is stored now."""
         try:
             return await self.chat.refresh(request)
         except TrimtabError:
-            return gr.skip()  # the build's side has said what is wrong
+            return [gr.skip()] * 2  # the build's side has said what is wrong

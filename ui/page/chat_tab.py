@@ -31,8 +31,8 @@ _MAX_TURNS = 40
 class ChatTab:
     """The tab's components and what happens when they are used.
 
-    Other tabs may show a vector or classifier here: `panel` takes settings, `refresh` its new
-    catalogue.
+    Other tabs may show a vector or classifier here: `offered` takes what `offering` and `refresh`
+    return.
 
     Args:
         visitors: who is on the page.
@@ -109,6 +109,11 @@ class ChatTab:
         self._wire()
 
     @property
+    def offered(self) -> list[Any]:
+        """What shows what is stored: the panel, and the list to colour the tokens by."""
+        return [self.panel, self.colour]
+
+    @property
     def _choices(self) -> list[Any]:
         return [self.panel, self.max_tokens, self.temperature, self.seed]
 
@@ -138,15 +143,14 @@ class ChatTab:
             self._coloured, self.colour, [self.past, self.stage, self.legend], **live
         )
         self.save.click(
-            self._saved, [self.preset_name, *self._choices], [self.notice, self.panel], **live
+            self._saved, [self.preset_name, *self._choices], [self.notice, *self.offered], **live
         )
 
     @property
     def opened(self) -> list[Any]:
         """What `open` sets."""
         return [
-            self.panel,
-            self.colour,
+            *self.offered,
             self.prompt,
             self.max_tokens,
             self.temperature,
@@ -178,8 +182,7 @@ class ChatTab:
                 }
             )
         return [
-            gr.HTML(value=panel_value(settings), catalogue=offered),
-            gr.Dropdown(choices=[PLAIN, SURPRISE, *((offered or {}).get("readers", []))]),
+            *offering(offered, settings=panel_value(settings)),
             settings.prompt,
             settings.max_tokens,
             settings.temperature,
@@ -189,9 +192,9 @@ class ChatTab:
             notice,
         ]
 
-    async def refresh(self, request: gr.Request) -> Any:
-        """Return the panel with what the server offers now."""
-        return gr.HTML(catalogue=await catalogue(self.visitors.of(request).api))
+    async def refresh(self, request: gr.Request) -> list[Any]:
+        """Return the values of `offered` with what is stored now."""
+        return offering(await catalogue(self.visitors.of(request).api))
 
     async def _sent(
         self, request: gr.Request, prompt: str, colour: str, *choices: Any
@@ -296,13 +299,35 @@ class ChatTab:
         try:
             settings = settings_of("", *choices)
             if settings.steering is None:
-                return [note("Choose something to steer with first."), gr.skip()]
+                return [note("Choose something to steer with first."), gr.skip(), gr.skip()]
             await visitor.api.put(f"/v1/steering/presets/{_path(name)}", settings.steering)
             served = await visitor.model()
             said = f"Saved. Ask for it as the model {served}:{name.strip()}."
-            return [done(said), await self.refresh(request)]
+            return [done(said), *await self.refresh(request)]
         except TrimtabError as error:
-            return [problem(error), gr.skip()]
+            return [problem(error), gr.skip(), gr.skip()]
+
+
+def offering(
+    stored: dict[str, Any] | None,
+    *,
+    settings: dict[str, Any] | None = None,
+    colour: str | None = None,
+) -> list[Any]:
+    """Return the values of a chat's `offered`.
+
+    Args:
+        stored: the panel's catalogue; None where the server cannot be asked.
+        settings: what the panel is to hold; None leaves it as it is.
+        colour: what the tokens are to be coloured by; None leaves it as it is.
+    """
+    panel: dict[str, Any] = {} if settings is None else {"value": settings}
+    chosen: dict[str, Any] = {} if colour is None else {"value": colour}
+    readers = [] if stored is None else stored["readers"]
+    return [
+        gr.HTML(catalogue=stored, **panel),
+        gr.Dropdown(choices=[PLAIN, SURPRISE, *readers], **chosen),
+    ]
 
 
 def settings_of(

@@ -11,7 +11,8 @@ import gradio as gr
 from trimtab.steering.errors import TrimtabError
 from trimtab.ui.client import ServerError
 from trimtab.ui.page.catalogue import catalogue
-from trimtab.ui.page.chat_tab import ChatTab
+from trimtab.ui.page.chat_tab import ChatTab, offering
+from trimtab.ui.page.chat_view import PLAIN
 from trimtab.ui.page.download import Download, file_value
 from trimtab.ui.page.library import KINDS, Item, Library, stored
 from trimtab.ui.page.library_card import card_html
@@ -116,7 +117,7 @@ class LibraryTab:
         )
         self.list.select(self._chosen, choices, all_of_it, trigger_mode="always_last", **LIVE)
         self.try_it.click(
-            self._tried, None, [self.notice, self.chat.panel, self.chat.notice, tabs], **LIVE
+            self._tried, None, [self.notice, *self.chat.offered, self.chat.notice, tabs], **LIVE
         )
         file_out = [self.notice, self.download.place]
         self.download.forget(self.save.click(self._saved, None, file_out, **LIVE))
@@ -124,7 +125,7 @@ class LibraryTab:
         self.removal.wire(self.delete, self.notice)
         for changed in (self.removal.deleted, self.upload.stored):
             changed.then(self._changed, choices, [self.kind, *self._shown], **LIVE).then(
-                self._chat_refreshed, self.chat.panel, self.chat.panel, **LIVE
+                self._chat_refreshed, self.chat.offered, self.chat.offered, **LIVE
             )
 
     async def _opened(
@@ -203,11 +204,11 @@ class LibraryTab:
         visitor = self.visitors.of(request)
         try:
             item, card = await self._card(visitor)
-            panel = gr.HTML(value=chat_settings(item, card), catalogue=await catalogue(visitor.api))
+            offered = offering(await catalogue(visitor.api), settings=chat_settings(item, card))
         except TrimtabError as error:
-            return [problem(error), gr.skip(), gr.skip(), gr.skip()]
+            return [problem(error), *[gr.skip()] * 4]
         said = note(f"What {item} does is set beside the chat. Send a prompt to see it.")
-        return ["", panel, said, gr.Tabs(selected="chat")]
+        return ["", *offered, said, gr.Tabs(selected="chat")]
 
     async def _saved(self, request: gr.Request) -> list[Any]:
         visitor = self.visitors.of(request)
@@ -236,17 +237,22 @@ class LibraryTab:
             raise ServerError("Choose something from the list first.")
         return item, await visitor.api.get(item.path)
 
-    async def _chat_refreshed(self, request: gr.Request, settings: Any) -> Any:
+    async def _chat_refreshed(self, request: gr.Request, settings: Any, colour: str) -> list[Any]:
         """Offer in the chat what is stored now, and take out of it what was deleted here."""
         browsing = self.visitors.of(request).browsing
         item, browsing.deleted = browsing.deleted, None
         try:
             offered = await catalogue(self.visitors.of(request).api)
         except TrimtabError:
-            return gr.skip()  # the list has said what is wrong
-        if item is None or not settings:
-            return gr.HTML(catalogue=offered)
-        return gr.HTML(catalogue=offered, value=without(settings, item))
+            return [gr.skip()] * 2  # the list has said what is wrong
+        if item is None:
+            return offering(offered)
+        is_colour_gone = item.id == colour and colour not in offered["readers"]
+        return offering(
+            offered,
+            settings=without(settings, item) if settings else None,
+            colour=PLAIN if is_colour_gone else None,
+        )
 
 
 def _detail(item: Item, library: Library) -> str:

@@ -12,6 +12,7 @@ import pytest
 from browser import keep_screenshot
 
 from trimtab.steering.vector import VectorArtifact, from_bytes, to_bytes
+from trimtab.ui.page.chat_view import PLAIN
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -67,6 +68,22 @@ def open_library(page, served_page):
 def choose(page, name: str) -> None:
     page.get_by_role("button", name=name, exact=True).click()
     page.locator("#library-detail h3", has_text=name).wait_for()
+
+
+def add(page, file: Path, name: str) -> None:
+    """Give a vector's file to be stored, the form being open."""
+    page.set_input_files("#library-file input", file)
+    page.fill("#library-file-name input, #library-file-name textarea", name)
+    page.click("#library-store")
+
+
+def colours(page) -> list[str]:
+    """Open Chat's list of what tokens may be coloured by, and read it."""
+    page.get_by_role("tab", name="Chat").click()
+    page.click("#colour input")
+    page.wait_for_selector("#colour [role=option]")
+    options = page.locator("#colour [role=option]").all()
+    return [option.get_attribute("aria-label") for option in options]
 
 
 def said(page, kind: str) -> str:
@@ -179,18 +196,38 @@ def test_a_file_is_refused_or_stored(open_page, served_page, http, tmp_path):
     rubbish, good = tmp_path / "rubbish.safetensors", tmp_path / "good.safetensors"
     rubbish.write_bytes(b"no vector at all")
     good.write_bytes(to_bytes(vector_of(http, "other")))
-    page.set_input_files("#library-file input", rubbish)
-    page.fill("#library-file-name input, #library-file-name textarea", "zest")
-    page.click("#library-store")
+    add(page, rubbish, "zest")
     assert "not a" in said(page, "tt-problem")
     assert http.get("vectors").json() == before
-    page.set_input_files("#library-file input", good)
-    page.click("#library-store")
+    add(page, good, "zest")
     assert "Stored the vector zest." in said(page, "tt-done")
     page.locator("#library-detail h3", has_text="zest").wait_for()
     assert http.get("vectors/zest").json()["data"] == http.get("vectors/optimistic").json()["data"]
     page.get_by_role("tab", name="Chat").click()
     page.wait_for_selector('[data-key="ablate-zest"]')
+
+
+def test_tokens_may_be_coloured_by_what_is_stored_now(open_page, served_page, http, tmp_path):
+    """Catches a list as old as the visit, and a chat that goes on reading what was deleted."""
+    page = open_library(open_page(), served_page)
+    assert "zest" not in colours(page)
+    file = tmp_path / "zest.safetensors"
+    file.write_bytes(to_bytes(vector_of(http, "other")))
+    page.get_by_role("tab", name="Library").click()
+    page.get_by_role("button", name="Add a file").click()
+    add(page, file, "zest")
+    page.locator("#library-detail h3", has_text="zest").wait_for()
+    page.wait_for_selector('[data-key="ablate-zest"]', state="attached")
+    assert {"zest", "tone", "formal"} <= set(colours(page))
+    page.locator("#colour").get_by_role("option", name="zest", exact=True).click()
+    page.get_by_role("tab", name="Library").click()
+    page.click("#library-delete")
+    page.get_by_role("button", name="Delete the vector zest").click()
+    page.wait_for_selector('[data-key="ablate-zest"]', state="detached")
+    assert "zest" not in colours(page)
+    assert page.input_value("#colour input") == PLAIN
+    page.click("#send")
+    page.wait_for_selector('#stage [data-side="steered"] .tt-answer span')
 
 
 def test_classifiers_and_presets_are_shown_whole(open_page, served_page, http):

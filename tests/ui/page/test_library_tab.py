@@ -23,6 +23,7 @@ from trimtab.steering.store import Store
 from trimtab.ui.client import ServerError
 from trimtab.ui.page.api import Api
 from trimtab.ui.page.chat_tab import ChatTab
+from trimtab.ui.page.chat_view import PLAIN
 from trimtab.ui.page.download import file_value
 from trimtab.ui.page.library import Item
 from trimtab.ui.page.library_tab import LibraryTab
@@ -116,11 +117,13 @@ def test_nothing_is_deleted_without_the_question(served):
         _, listed, detail, *_ = await library._changed(WHO, "vector", *ASKED)
         assert ">kind</button>" not in listed
         assert "<h3>" not in detail
-        return await library._chat_refreshed(WHO, {"vectors": [{"id": "kind", "scale": 1.0}]})
+        settings = {"vectors": [{"id": "kind", "scale": 1.0}]}
+        return await library._chat_refreshed(WHO, settings, "kind")
 
-    panel = use(served, steps)
+    panel, colour = use(served, steps)
     assert [card["id"] for card in panel.props["catalogue"]["vectors"]] == ["formal"]
     assert panel.value["vectors"] == []
+    assert colour.value == PLAIN
 
 
 def test_a_key_that_may_not_is_refused_in_the_servers_words(served):
@@ -241,7 +244,7 @@ def test_try_in_chat_sets_the_panel_and_goes_there(served):
         await choose(library, "vector", "kind")
         return await library._tried(WHO)
 
-    notice, panel, said, tabs = use(served, steps)
+    notice, panel, _, said, tabs = use(served, steps)
     assert notice == ""
     assert panel.value == {"vectors": [{"id": "kind", "scale": 1.0}]}
     assert "the vector kind" in said
