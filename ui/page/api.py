@@ -14,8 +14,11 @@ from trimtab.ui.client import ServerError, is_local, refusal, server_root
 # A server that loads a model, or lets a request wait in its queue, may be silent for long.
 _READ_S = 600.0
 _CONNECT_S = 5.0
+_ADMIN_ONLY = 403
 # What the page passes on between browser and server in one piece.
 MAX_FILE_BYTES = 32 * 2**20
+ANOTHER_KEY = "Another key"
+"""The button by which somebody gives another key."""
 
 
 class RefusedError(ServerError):
@@ -126,6 +129,8 @@ class Api:
                     sentence = refusal(
                         await answer.aread(), status=answer.status_code, url=self.url
                     )
+                    if answer.status_code == _ADMIN_ONLY:
+                        sentence += f" Here, give it under “{ANOTHER_KEY}” at the top."
                     raise RefusedError(sentence, http_status=answer.status_code)
                 yield answer
         except httpx.HTTPError as error:

@@ -11,7 +11,8 @@ import gradio as gr
 
 from trimtab.steering.errors import TrimtabError
 from trimtab.ui.client import ServerError
-from trimtab.ui.page.api import RefusedError
+from trimtab.ui.page.api import ANOTHER_KEY, RefusedError
+from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import note, problem
 from trimtab.ui.page.visitor import Visitors
 
@@ -29,7 +30,11 @@ class Welcome:
 
     def __init__(self, visitors: Visitors) -> None:
         self.visitors = visitors
-        self.title = gr.HTML(title_html(None), elem_id="title")
+        with gr.Row():
+            self.title = gr.HTML(title_html(None), elem_id="title")
+            self.another = gr.Button(
+                ANOTHER_KEY, visible=False, size="sm", scale=0, min_width=110, elem_id="another-key"
+            )
         self.notice = gr.HTML("", elem_id="notice")
         with gr.Row(visible=False, equal_height=True) as self.key_row:
             self.key = gr.Textbox(
@@ -40,7 +45,8 @@ class Welcome:
             )
             self.enter = gr.Button("Use it", elem_id="use-key", min_width=80)
         self.entered = self.enter.click
-        self.greeted = [self.title, self.notice, self.key_row]
+        self.greeted = [self.title, self.notice, self.key_row, self.another]
+        self.another.click(_asked, None, [self.key_row, self.key, self.another], **LIVE)
 
     async def greet(self, request: gr.Request, key: str) -> AsyncIterator[list[Any]]:
         """Say what is served; wait while the model loads, ask for a key where there is one."""
@@ -48,25 +54,35 @@ class Welcome:
         if key:
             visitor.use_key(key)
         hidden, shown = gr.Row(visible=False), gr.Row(visible=True)
+        no_other = gr.Button(visible=False)
         for _ in range(_LONGEST_LOADING_S):
             try:
                 model = await visitor.model()
-                yield [title_html(model), "", hidden]
+                yield [title_html(model), "", hidden, gr.Button(visible=bool(visitor.api.key))]
                 return
             except RefusedError as error:
                 if error.http_status == _NO_KEY:
                     said = problem(error) if key else note("This server asks for a key.")
-                    yield [title_html(None), said, shown]
+                    yield [title_html(None), said, shown, no_other]
                     return
                 if error.http_status != _LOADING:
-                    yield [title_html(None), problem(error), gr.skip()]
+                    yield _told(problem(error))
                     return
-                yield [title_html(None), note("The model is loading…"), gr.skip()]
+                yield _told(note("The model is loading…"))
             except TrimtabError as error:
-                yield [title_html(None), problem(error), gr.skip()]
+                yield _told(problem(error))
                 return
             await asyncio.sleep(1)
-        yield [title_html(None), problem(ServerError("The model takes long to load.")), gr.skip()]
+        yield _told(problem(ServerError("The model takes long to load.")))
+
+
+async def _asked(request: gr.Request) -> list[Any]:
+    """Show the empty field for a key in the place of the button."""
+    return [gr.Row(visible=True), "", gr.Button(visible=False)]
+
+
+def _told(notice: str) -> list[Any]:
+    return [title_html(None), notice, gr.skip(), gr.skip()]
 
 
 def title_html(model: str | None) -> str:
