@@ -114,6 +114,30 @@ def test_the_other_answers_can_be_explained(open_page, served_page, what):
     assert ("log P(preferred) - log P(dispreferred)" in result) == (what == AGAINST)
 
 
+def test_own_answers_are_told_apart_as_the_server_tells_them(open_page, served_page):
+    """Catches answers that change places or are lost, and an old second one that stays."""
+    prompt, preferred, dispreferred = "Is the sea warm today?", "Yes, quite warm.", "No, icy."
+    why = WhyPage(open_page(), served_page.url, asks=False)
+    why.choose("attnlrp")
+    for other in (dispreferred, ""):
+        why.type(prompt, preferred, other)
+        assert why.explain() == ""
+        result = why.page.inner_text("#why-result")
+        assert ("log P(preferred) - log P(dispreferred)" in result) == bool(other)
+        assert ("Dispreferred answer: log P" in result) == bool(other)
+        assert preferred in result
+        assert (dispreferred in result) == bool(other)
+        answers = (
+            {"preferred": preferred, "dispreferred": other} if other else {"target": preferred}
+        )
+        messages = [{"role": "user", "content": prompt}]
+        alone = attributed(served_page.url, messages=messages, method="attnlrp", **answers)
+        scores = [token["score"] for token in alone["input"] if token["score"] is not None]
+        shown = [float(row[4]) for row in why.table() if row[4]]
+        assert shown == pytest.approx(scores, abs=1e-4)
+        assert any(scores)
+
+
 def test_without_an_answer_it_says_where_to_get_one(open_page, served_page):
     """Catches an empty tab, and a button that does nothing."""
     why = WhyPage(open_page(), served_page.url, asks=False)
