@@ -61,13 +61,13 @@ class BuildPage:
         self.page.wait_for_selector("#build-notice .tt-problem:not([data-old])")
         return self.page.inner_text("#build-notice")
 
-    def end(self) -> str:
+    def end(self, *, within_ms: float = PATIENCE_MS) -> str:
         """Wait for how a build ended.
 
         Raises:
             AssertionError: it never began.
         """
         problem = "#build-notice .tt-problem:not([data-old])"
-        self.page.wait_for_selector(f"#build-end .tt-notice, {problem}")
+        self.page.wait_for_selector(f"#build-end .tt-notice, {problem}", timeout=within_ms)
         assert not self.page.locator(problem).count(), self.page.inner_text(problem)
         return self.page.inner_text("#build-end")

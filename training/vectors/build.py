@@ -155,7 +155,10 @@ def check_pairs(pairs: PairSet, fitter: Method) -> None:
     """
     fit, calibration = pairs.fit_and_calibration()
     if len(calibration) < 2:
-        raise DataError(f"{pairs.name}: too few pairs to set some aside for calibration.")
+        raise DataError(
+            f"{pairs.name}: too few pairs to set some aside for calibration. Every fourth prompt's "
+            "are, and two are needed: give eight prompts or more besides those that are held."
+        )
     if isinstance(fitter, ModelMethod):
         fitter.check(fit)
 

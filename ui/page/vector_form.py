@@ -42,8 +42,8 @@ class VectorForm:
             pasted = PastedExamples(
                 "Pairs",
                 hint="A line each: preferred || dispreferred (a tab does as well), or prompt || "
-                "preferred || dispreferred, or JSON lines as the command line's. At least four; "
-                "forty or more make a useful vector.",
+                "preferred || dispreferred, or JSON lines as the command line's. A third is held "
+                "back, so a dozen is the least; forty or more make a useful vector.",
                 elem_id="build-pairs",
                 notice=notice,
             )
