@@ -24,8 +24,8 @@ async def run(
 
     The longer the answers, the seldomer: drawing them takes time in proportion to their length.
 
-    What ran before in this conversation is stopped first. Ends without yielding again if another
-    run takes its place.
+    What ran before in this conversation is stopped first. Ends without yielding again once the
+    turn is not the conversation's last: another took its place, or a new chat began.
 
     Args:
         api: the server, under the visitor's key.
@@ -40,10 +40,10 @@ async def run(
         asyncio.create_task(_answer(api, conversation, turn, side, model, changed))
         for side in sides
     ]
-    conversation.tasks = tasks
+    conversation.tasks, conversation.answering = tasks, [turn.side(side) for side in sides]
     async with aclosing(frames(tasks, changed, interval_s=lambda: frame_seconds(turn))) as drawn:
         async for _ in drawn:
-            if conversation.tasks is not tasks and conversation.tasks:
+            if conversation.last is not turn:
                 return
             yield turn
 

@@ -207,7 +207,7 @@ class ChatTab:
         if len(visitor.chat.turns) >= _MAX_TURNS:
             yield self._only_notice(note("This chat is long; start a new one."))
             return
-        async for shown in self._run(visitor, prompt, colour, choices, sides=SIDES):
+        async for shown in self._run(visitor, prompt, colour, choices):
             yield shown
 
     async def _steered_anew(
@@ -215,10 +215,7 @@ class ChatTab:
     ) -> AsyncIterator[list[Any]]:
         """Answer the last prompt again under what is chosen now; the unsteered side stays."""
         visitor = self.visitors.of(request)
-        last = visitor.chat.turns[-1] if visitor.chat.turns else None
-        async for shown in self._run(
-            visitor, prompt if last is None else last.settings.prompt, colour, choices, again=last
-        ):
+        async for shown in self._run(visitor, prompt, colour, choices, is_anew=True):
             yield shown
 
     async def _run(
@@ -228,35 +225,20 @@ class ChatTab:
         colour: str,
         choices: tuple[Any, ...],
         *,
-        sides: tuple[str, ...] = (),
-        again: Turn | None = None,
+        is_anew: bool = False,
     ) -> AsyncIterator[list[Any]]:
+        chat = visitor.chat
         try:
-            settings = read_by(settings_of(prompt, *choices), colour)
-            model = await visitor.model()
-            receipt = await check(visitor.api, settings, model)
+            async with chat.asking:
+                model = await visitor.model()
+                turn, sides = await _begun(visitor, model, prompt, colour, choices, is_anew=is_anew)
         except TrimtabError as error:
             yield self._only_notice(problem(error))
             return
-        chat = visitor.chat
-        turn = Turn(settings, dose=receipt.get("dose", {}))
-        if again is not None:
-            chat.stop()
-            same = again.settings.sampling() == settings.sampling() and again.baseline.finish in (
-                "stop",
-                "length",
-            )
-            if same and again.settings.probes == settings.probes:
-                turn.baseline, sides = again.baseline, ("steered",)
-            else:
-                sides = SIDES
-            chat.turns[-1] = turn
-        elif sides:
-            chat.turns.append(turn)
         asked = request_body(body(turn, "steered", model, chat.messages("steered", until=turn)))
         fixed = [
             past_html(chat, colour=colour),
-            share_html(to_link(settings)),
+            share_html(to_link(turn.settings)),
             as_json(asked),
             as_curl(asked, url=visitor.api.url, has_key=visitor.api.key is not None),
             as_python(asked, url=visitor.api.url, has_key=visitor.api.key is not None),
@@ -272,12 +254,15 @@ class ChatTab:
         return [gr.skip(), gr.skip(), html, *[gr.skip()] * (2 + len(self.snippets))]
 
     async def _stopped(self, request: gr.Request) -> None:
-        self.visitors.of(request).chat.stop()
+        chat = self.visitors.of(request).chat
+        async with chat.asking:
+            chat.stop()
 
     async def _begun_anew(self, request: gr.Request) -> list[Any]:
         chat = self.visitors.of(request).chat
-        chat.stop()
-        chat.turns.clear()
+        async with chat.asking:
+            chat.stop()
+            chat.turns.clear()
         return [past_html(chat), last_html(chat), gauges_html(None), ""]
 
     async def _coloured(self, request: gr.Request, colour: str) -> list[Any]:
@@ -328,6 +313,54 @@ def offering(
         gr.HTML(catalogue=stored, **panel),
         gr.Dropdown(choices=[PLAIN, SURPRISE, *readers], **chosen),
     ]
+
+
+async def _begun(
+    visitor: Visitor,
+    model: str,
+    prompt: str,
+    colour: str,
+    choices: tuple[Any, ...],
+    *,
+    is_anew: bool,
+) -> tuple[Turn, tuple[str, ...]]:
+    """Put a new turn into the chat, in place of the last one if that is asked anew.
+
+    Returns:
+        It, and the sides that must answer: none where there is nothing to ask anew, only the
+        steered one where the unsteered answer stays.
+
+    Raises:
+        TrimtabError: the settings cannot be used; the chat is as it was.
+    """
+    chat = visitor.chat
+    again = chat.last if is_anew else None
+    asked = prompt if again is None else again.settings.prompt
+    settings = read_by(settings_of(asked, *choices), colour)
+    receipt = await check(visitor.api, settings, model)
+    turn = Turn(settings, dose=receipt.get("dose", {}))
+    if again is not None:
+        chat.stop()
+        chat.turns[-1] = turn
+        if can_stay(again, settings):
+            turn.baseline = again.baseline
+            return turn, ("steered",)
+        return turn, SIDES
+    if is_anew:
+        return turn, ()
+    chat.stop()
+    chat.drop_unanswered()
+    chat.turns.append(turn)
+    return turn, SIDES
+
+
+def can_stay(last: Turn, settings: RunSettings) -> bool:
+    """Return whether a turn's unsteered answer is also the answer under other settings."""
+    return (
+        last.baseline.finish in ("stop", "length")
+        and last.settings.sampling() == settings.sampling()
+        and last.settings.probes == settings.probes
+    )
 
 
 def settings_of(

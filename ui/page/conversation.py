@@ -80,10 +80,24 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """One visitor's turns, and the tasks of the run that is under way."""
+    """One visitor's turns, and the run that is under way.
+
+    Attributes:
+        turns: in order.
+        tasks: of the run.
+        answering: what they fill.
+        asking: held from a press until its run has started, so that presses take effect in order.
+    """
 
     turns: list[Turn] = field(default_factory=list)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    answering: list[Answer] = field(default_factory=list)
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def last(self) -> Turn | None:
+        """The newest turn."""
+        return self.turns[-1] if self.turns else None
 
     @property
     def is_running(self) -> bool:
@@ -94,7 +108,17 @@ class Conversation:
         """End what runs; its answers stay as far as they came."""
         for task in self.tasks:
             task.cancel()
-        self.tasks = []
+        # Here and not in the tasks: one that is cancelled before its first step does nothing.
+        for answer in self.answering:
+            answer.finish = answer.finish or "stopped"
+        self.tasks, self.answering = [], []
+
+    def drop_unanswered(self) -> None:
+        """Forget the last turn if it was stopped before a word of it came."""
+        if self.last is not None and all(
+            answer.finish == "stopped" and not answer.text for answer in map(self.last.side, SIDES)
+        ):
+            self.turns.pop()
 
     def messages(self, side: str, *, until: Turn) -> list[dict[str, str]]:
         """Return the API's messages of one side, up to and with the prompt of a turn.
