@@ -70,6 +70,17 @@ def page(visitors: Visitors) -> gr.Blocks:
     return blocks
 
 
+def _theme() -> gr.themes.Base:
+    """Return Gradio's plain theme, its texts with a contrast of 4.5 to 1 or more."""
+    theme = gr.themes.Base(font=_FONT, font_mono=_MONO, primary_hue="blue", neutral_hue="slate")
+    return theme.set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        body_text_color_subdued="*neutral_600",
+        link_text_color_dark="*secondary_400",
+    )
+
+
 def page_app(api: Api) -> FastAPI:
     """Return the app that serves the page under `PATH`, and closes its connections when it ends.
 
@@ -81,7 +92,7 @@ def page_app(api: Api) -> FastAPI:
         app,
         page(Visitors(api)),
         path=PATH,
-        theme=gr.themes.Base(font=_FONT, font_mono=_MONO, primary_hue="blue", neutral_hue="slate"),
+        theme=_theme(),
         css=_STYLE + token_heat_style(),
         footer_links=[],
         run_history=False,

@@ -71,7 +71,7 @@ def result_html(state: dict[str, Any]) -> str:
     if card is None:
         return ""
     drawn = _vector(card) if state["kind"] == "vector" else _classifier(card)
-    return f'<section aria-label="Result"><h3>{plain(card["id"])}</h3>{drawn}</section>'
+    return f'<section aria-label="Result"><h2>{plain(card["id"])}</h2>{drawn}</section>'
 
 
 def _vector(card: dict[str, Any]) -> str:

@@ -27,15 +27,16 @@ async def catalogue(api: Api) -> dict[str, Any]:
     vectors, classifiers, presets = await asyncio.gather(
         *(api.get(f"/v1/steering/{kind}") for kind in ("vectors", "classifiers", "presets"))
     )
+    probes = [card["id"] for card in vectors["data"] if card.get("probe_layer") is not None]
     return {
         "reach": REACH,
         "vectors": [_vector(card) for card in vectors["data"]],
         "classifiers": [_classifier(card) for card in classifiers["data"]],
         "presets": [preset["id"] for preset in presets["data"]],
-        "readers": [card["id"] for card in (*classifiers["data"], *vectors["data"])],
+        "readers": [*(card["id"] for card in classifiers["data"]), *probes],
         "probes": [
             *(f"{card['id']}/{label}" for card in classifiers["data"] for label in card["labels"]),
-            *(card["id"] for card in vectors["data"] if card.get("probe_layer") is not None),
+            *probes,
         ],
     }
 

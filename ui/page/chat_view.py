@@ -39,20 +39,21 @@ def last_html(conversation: Conversation, *, colour: str = PLAIN) -> str:
 
 
 def _turn(turn: Turn | None, number: int, colour: str, *, is_running: bool | None = None) -> str:
-    sides = "".join(_side(turn, side, colour, is_running) for side in SIDES)
+    sides = "".join(_side(turn, number, side, colour, is_running) for side in SIDES)
     return f'<div class="tt-sides" data-turn="{number}">{sides}</div>'
 
 
-def _side(turn: Turn | None, side: str, colour: str, is_running: bool | None) -> str:
+def _side(turn: Turn | None, number: int, side: str, colour: str, is_running: bool | None) -> str:
     live = "" if is_running is None else ' aria-live="polite"'
     busy = ' aria-busy="true"' if is_running else ""
     said = '<p class="tt-empty">Ask something below.</p>'
     if turn is not None:
         prompt = plain(turn.settings.prompt)
         said = f'<p class="tt-said" dir="auto">{prompt}</p>{_answer(turn, side, colour)}'
+    heading = _HEADINGS[side]
     return (
-        f'<section class="tt-side" data-side="{side}" aria-label="{_HEADINGS[side]}">'
-        f"<h3>{_HEADINGS[side]}</h3><div{live}{busy}>{said}</div></section>"
+        f'<section class="tt-side" data-side="{side}" aria-label="{heading}, turn {number}">'
+        f"<h2>{heading}</h2><div{live}{busy}>{said}</div></section>"
     )
 
 

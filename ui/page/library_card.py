@@ -29,7 +29,7 @@ def card_html(item: Item, card: dict[str, Any], library: Library) -> str:
         card: what the API tells of it.
         library: all that is stored beside it.
     """
-    head = f"<h3>{text(item.id)}</h3>"
+    head = f"<h2>{text(item.id)}</h2>"
     if item.kind == "preset":
         return f"{head}{_preset(card, library)}"
     if card["description"]:
@@ -59,9 +59,9 @@ def _vector(card: dict[str, Any]) -> str:
     drawn = ""
     if calibration is not None:
         drawn = (
-            f"<h4>What was chosen</h4>{knee_html(calibration)}"
-            f"<h4>Dose and response</h4>{curve_html(calibration)}"
-            f"<h4>Layers and scales</h4>{layer_heat_html(calibration)}"
+            f"<h3>What was chosen</h3>{knee_html(calibration)}"
+            f"<h3>Dose and response</h3>{curve_html(calibration)}"
+            f"<h3>Layers and scales</h3>{layer_heat_html(calibration)}"
         )
     return f"{facts_html(facts)}{probe_bars_html(card)}{drawn}"
 
@@ -79,9 +79,9 @@ def _classifier(card: dict[str, Any]) -> str:
         *_made(card),
     ]
     return (
-        f"{facts_html(facts)}<h4>How well it reads</h4>{scores_html(card)}"
-        f"<h4>What it takes for what</h4>{confusion_html(card)}"
-        f"<h4>How far it may steer</h4>{doses_html(card)}"
+        f"{facts_html(facts)}<h3>How well it reads</h3>{scores_html(card)}"
+        f"<h3>What it takes for what</h3>{confusion_html(card)}"
+        f"<h3>How far it may steer</h3>{doses_html(card)}"
     )
 
 
@@ -98,8 +98,8 @@ def _preset(card: dict[str, Any], library: Library) -> str:
     spec = text(json.dumps(card["spec"], indent=2, ensure_ascii=False))
     return (
         f"{warning}{facts_html([('model', card['model'])])}"
-        f'<h4>Names</h4><ul class="tt-list">{rows}</ul>'
-        f'<h4>Spec</h4><pre class="tt-spec" tabindex="0">{spec}</pre>'
+        f'<h3>Names</h3><ul class="tt-list">{rows}</ul>'
+        f'<h3>Spec</h3><pre class="tt-spec" tabindex="0">{spec}</pre>'
     )
 
 

@@ -21,7 +21,7 @@ def probe_bars_html(card: dict[str, Any]) -> str:
     """
     if card["probe_layer"] is None:
         return note("It carries no probe: it can steer, and neither gate nor read.")
-    head = f"<h4>How well its probe reads</h4><p>Requests read it at layer {card['probe_layer']}."
+    head = f"<h3>How well its probe reads</h3><p>Requests read it at layer {card['probe_layer']}."
     try:
         shares = _SHARES.validate_python(card["data"].get("probe_accuracy"))
     except ValidationError:

@@ -27,7 +27,7 @@ class Similarities:
     def __init__(self, visitors: Visitors) -> None:
         self.visitors = visitors
         with gr.Column(visible=False, elem_id="library-similarities") as self.box:
-            gr.HTML("<h3>How alike the vectors are</h3>")
+            gr.HTML("<h2>How alike the vectors are</h2>")
             self.layer = gr.Dropdown(
                 [("each vector's own layers", OWN)],
                 value=OWN,

@@ -64,15 +64,16 @@ const section = (title, hint, ...children) =>
 
 function vectors() {
   const { vectors: all, reach } = offered();
-  const rows = (chosen().vectors || []).map((term) => {
-    const card = all.find((one) => one.id === term.id) || { about: "not on this server", zones: [] };
+  const stored = (term) => all.find((one) => one.id === term.id);
+  const rows = (chosen().vectors || []).filter(stored).map((term) => {
+    const card = stored(term);
     const replace = (scale, tell) => set(
       { vectors: chosen().vectors.map((one) => (one.id === term.id ? { ...one, scale } : one)) },
       { redraw: false, tell });
     return make("div", { class: "tt-row", title: card.about },
       make("div", { class: "tt-name" }, make("span", { text: term.id }),
         make("button", {
-          type: "button", class: "tt-remove", "aria-label": `Remove ${term.id}`, text: "×",
+          type: "button", class: "tt-remove", "aria-label": `Remove ${term.id}`, text: "×", "data-key": `remove-${term.id}`,
           onclick: () => set({ vectors: chosen().vectors.filter((one) => one.id !== term.id) }),
         })),
       slider({
@@ -145,7 +146,7 @@ function classifiers() {
 
 function gate() {
   const when = chosen().when;
-  const probes = offered().probes;
+  const probes = [...new Set([...offered().probes, ...(when ? [when.probe] : [])])];
   if (!probes.length) return null;
   const way = when && when.below !== undefined && when.below !== null ? "below" : "above";
   const share = when ? when[way] : 0.5;
@@ -185,12 +186,40 @@ function gate() {
 }
 
 function preset() {
-  const { presets } = offered();
+  const presets = [...new Set([...offered().presets, ...(chosen().preset ? [chosen().preset] : [])])];
   if (!presets.length) return null;
   const select = picker("preset", "no preset", presets, (id) => set({ preset: id }));
   select.addEventListener("change", (event) => { if (!event.target.value) set({ preset: null }); });
   select.value = chosen().preset || "";
   return section("Preset", "Applied before what is chosen here.", select);
+}
+
+// What is chosen and not stored, by a link or because somebody deleted it: the server refuses every
+// answer until it is taken out.
+function missing() {
+  const { vectors: all, classifiers: known, probes, presets } = offered();
+  const now = chosen();
+  const names = [...all, ...known].map((one) => one.id);
+  const isKnown = (name) => names.includes(name) || probes.includes(name);
+  const labelsOf = (id) => (known.find((one) => one.id === id) || { labels: [] }).labels;
+  const found = [];
+  const add = (about, changes) => found.push({ about, changes });
+  const each = (field, name, isStored) => (now[field] || []).filter((one) => !isStored(one)).forEach((gone) =>
+    add(name(gone), () => ({ [field]: chosen()[field].filter((one) => one !== gone) })));
+  if (now.preset && !presets.includes(now.preset)) add(`preset ${now.preset}`, () => ({ preset: null }));
+  each("vectors", (one) => `vector ${one.id}`, (one) => all.some((card) => card.id === one.id));
+  each("guidance", (one) => `classifier ${one.classifier}: ${[...one.target, ...one.avoid].join(", ")}`,
+    (one) => [...one.target, ...one.avoid].every((name) => labelsOf(one.classifier).includes(name)));
+  each("ablate", (id) => `ablated ${id}`, (id) => all.some((card) => card.id === id));
+  if (now.when && !isKnown(now.when.probe)) add(`gate on ${now.when.probe}`, () => ({ when: null }));
+  each("probes", (id) => `reading of ${id}`, isKnown);
+  if (!found.length) return null;
+  return section("Not on this server", "No answer is steered until this is taken out.",
+    make("div", { class: "tt-chips" }, ...found.map(({ about, changes }) =>
+      make("button", {
+        type: "button", class: "tt-chip tt-missing", "data-key": `missing-${about}`, "aria-label": `Take out ${about}`,
+        text: `${about} ×`, onclick: () => set(changes()),
+      }))));
 }
 
 function draw() {
@@ -203,14 +232,15 @@ function draw() {
   const names = all.map((one) => one.id);
   const readers = [...known.map((one) => one.id), ...probes.filter((id) => !id.includes("/"))];
   root.replaceChildren(...[
-    vectors(), ...classifiers(),
+    missing(), vectors(), ...classifiers(),
     toggles("Ablate", "Remove a direction wherever it shows.", "ablate", names, chosen().ablate || [],
       (ablate) => set({ ablate })),
     gate(), preset(),
     toggles("Read", "Probes that colour the tokens; they change nothing.", "probe", readers,
       chosen().probes || [], (list) => set({ probes: list.slice(-8) })),
   ].filter(Boolean));
-  if (focused) root.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
+  // What was used may be gone, as a removed vector is.
+  if (focused) (root.querySelector(`[data-key="${CSS.escape(focused)}"]`) || root.querySelector("[data-key]"))?.focus();
 }
 
 watch(["catalogue", "value"], draw);

@@ -86,7 +86,7 @@ def _answers(explanation: Explanation, reports: list[Report]) -> str:
             for report, is_steered in zip(reports, question.sides, strict=False)
         )
         parts.append(
-            f'<section class="tt-sheet"><h3>{plain(name)}: {", ".join(told)}</h3>'
+            f'<section class="tt-sheet"><h2>{plain(name)}: {", ".join(told)}</h2>'
             f"{token_heat.answer_html(reports[0], answer)}"
             f"{_details('log P of each of its tokens', chips)}</section>"
         )
@@ -98,7 +98,7 @@ def _map(report: Report, heading: str) -> str:
     completeness = token_heat.facts_html(report.values, report.completeness)
     facts = token_heat.facts_html(report.faithfulness, steered, report.work)
     return (
-        f'<section class="tt-sheet"><h3>{plain(heading)}</h3>{token_heat.prompt_html(report)}'
+        f'<section class="tt-sheet"><h2>{plain(heading)}</h2>{token_heat.prompt_html(report)}'
         f'{token_heat.legend_html(report)}<div class="tt-told">{completeness}</div>'
         f"{_doubt(report)}"
         f"{_strongest('Strongest words', score=report)}"
@@ -115,7 +115,7 @@ def _difference(difference: Difference) -> str:
     )
     facts = token_heat.facts_html(difference.summary, _SCALE)
     return (
-        '<section class="tt-sheet"><h3>Difference: steered minus unsteered</h3>'
+        '<section class="tt-sheet"><h2>Difference: steered minus unsteered</h2>'
         f"{token_heat.prompt_html(difference)}{token_heat.legend_html(difference, meaning=_CHANGE)}"
         f'{words}<div class="tt-told">{facts}</div></section>'
     )

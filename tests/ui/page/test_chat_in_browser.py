@@ -152,6 +152,42 @@ def test_the_settings_can_be_copied_and_asked_for_elsewhere(open_page, served_pa
     page.wait_for_selector('[data-key="preset"] option[value="bright"]', state="attached")
 
 
+def test_what_is_no_longer_stored_can_be_taken_out(open_page, served_page):
+    """Catches a link, or a deletion elsewhere, that leaves a chat with no answer and no way out."""
+    run = link(
+        prompt="Hm?",
+        preset="gone",
+        vectors=[{"id": "optimistic", "scale": 1.0}, {"id": "gone-vector", "scale": 1.0}],
+        guidance=[{"classifier": "tone", "target": ["rude"]}],
+        ablate=["gone-ablated"],
+        when={"probe": "gone-gate", "above": 0.5},
+        probes=["gone-probe"],
+        max_tokens=4,
+    )
+    chat = ChatPage(open_page(), served_page.url, query=run)
+    page = chat.page
+    out = page.locator('[data-key^="missing-"]')
+    assert out.all_inner_texts() == [
+        "preset gone ×",
+        "vector gone-vector ×",
+        "classifier tone: rude ×",
+        "ablated gone-ablated ×",
+        "gate on gone-gate ×",
+        "reading of gone-probe ×",
+    ]
+    assert page.input_value('[data-key="gate-probe"]') == "gone-gate"
+    for left in range(5, -1, -1):
+        out.first.click()
+        page.wait_for_function(
+            "n => document.querySelectorAll('[data-key^=missing-]').length == n", arg=left
+        )
+        # The keyboard goes on from here.
+        assert page.evaluate("document.activeElement.dataset.key")
+    chat.send()
+    chat.wait()
+    assert "+1 optimistic" in page.inner_text('#stage [data-side="steered"]')
+
+
 def test_a_refusal_is_a_sentence(open_page, served_page):
     """Catches an error that nobody sees, or that shows a traceback."""
     wrong = link(prompt="Hm?", vectors=[{"id": "nobody", "scale": 1.0}])

@@ -67,7 +67,7 @@ def open_library(page, served_page):
 
 def choose(page, name: str) -> None:
     page.get_by_role("button", name=name, exact=True).click()
-    page.locator("#library-detail h3", has_text=name).wait_for()
+    page.locator("#library-detail h2", has_text=name).wait_for()
 
 
 def add(page, file: Path, name: str) -> None:
@@ -201,7 +201,7 @@ def test_a_file_is_refused_or_stored(open_page, served_page, http, tmp_path):
     assert http.get("vectors").json() == before
     add(page, good, "zest")
     assert "Stored the vector zest." in said(page, "tt-done")
-    page.locator("#library-detail h3", has_text="zest").wait_for()
+    page.locator("#library-detail h2", has_text="zest").wait_for()
     assert http.get("vectors/zest").json()["data"] == http.get("vectors/optimistic").json()["data"]
     page.get_by_role("tab", name="Chat").click()
     page.wait_for_selector('[data-key="ablate-zest"]')
@@ -216,7 +216,7 @@ def test_tokens_may_be_coloured_by_what_is_stored_now(open_page, served_page, ht
     page.get_by_role("tab", name="Library").click()
     page.get_by_role("button", name="Add a file").click()
     add(page, file, "zest")
-    page.locator("#library-detail h3", has_text="zest").wait_for()
+    page.locator("#library-detail h2", has_text="zest").wait_for()
     page.wait_for_selector('[data-key="ablate-zest"]', state="attached")
     assert {"zest", "tone", "formal"} <= set(colours(page))
     page.locator("#colour").get_by_role("option", name="zest", exact=True).click()
@@ -262,7 +262,7 @@ def test_it_fits_and_can_be_walked_by_keyboard(open_page, served_page, http, wid
     page = open_library(open_page(width=width, is_dark=is_dark), served_page)
     page.get_by_role("button", name="zen", exact=True).focus()
     page.keyboard.press("Enter")
-    page.locator("#library-detail h3", has_text="zen").wait_for()
+    page.locator("#library-detail h2", has_text="zen").wait_for()
     page.wait_for_selector("#library-matrix table")
     keep_screenshot(page, "library")
     reached = set()

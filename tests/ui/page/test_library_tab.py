@@ -87,7 +87,7 @@ def test_what_somebody_else_deleted_is_told_in_the_servers_words(served):
     assert said.replace("'", "&#x27;") in notice
     assert ">kind</button>" not in listed
     assert ">formal</button>" in listed
-    assert "<h3>" not in detail
+    assert "<h2>" not in detail
 
 
 def test_nothing_is_deleted_without_the_question(served):
@@ -116,7 +116,7 @@ def test_nothing_is_deleted_without_the_question(served):
         assert {v.id for v in served.store.vectors()} == {"formal"}
         _, listed, detail, *_ = await library._changed(WHO, "vector", *ASKED)
         assert ">kind</button>" not in listed
-        assert "<h3>" not in detail
+        assert "<h2>" not in detail
         settings = {"vectors": [{"id": "kind", "scale": 1.0}]}
         return await library._chat_refreshed(WHO, settings, "kind")
 
@@ -192,7 +192,7 @@ def test_a_file_is_stored_under_the_typed_name_and_shown(served):
         kind, listed, detail, *_ = await library._changed(WHO, "preset", *ASKED)
         assert kind == "vector"
         assert ">new</button>" in listed
-        assert "<h3>new</h3>" in detail
+        assert "<h2>new</h2>" in detail
         await stored(WHO, file_value("x", vector.to_bytes(two)), "vector", "new", True)
         assert served.store.vector("new").digest == two.digest
         await stored(WHO, file_value("x", to_gguf(one)), "vector", "foreign", False)

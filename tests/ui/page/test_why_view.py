@@ -81,7 +81,7 @@ def test_completeness_and_what_it_took_are_said():
     assert "the difference between the two is +2.000: a residual of +0.700." in html
     assert "Steered: +1 warm at layers 3-4, dose 0.10-0.20 of |h|." in html
     assert "attnlrp on toy in float32: 3 passes, 1 gradient" in html
-    assert "Steered answer: log P -1.000 nats</h3>" in html
+    assert "Steered answer: log P -1.000 nats</h2>" in html
 
 
 def test_a_doubt_names_options_that_the_tab_has():
