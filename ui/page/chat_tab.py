@@ -10,11 +10,11 @@ from urllib.parse import quote
 import gradio as gr
 
 from trimtab.steering.errors import TrimtabError
-from trimtab.ui.page.api import Api
 from trimtab.ui.page.catalogue import catalogue
+from trimtab.ui.page.chat_ask import begin, settings_of
 from trimtab.ui.page.chat_run import body, run
 from trimtab.ui.page.chat_view import PLAIN, SURPRISE, last_html, legend_html, past_html
-from trimtab.ui.page.conversation import SIDES, Turn
+from trimtab.ui.page.conversation import SIDES
 from trimtab.ui.page.gauges import gauges_html
 from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import done, note, problem
@@ -174,7 +174,8 @@ class ChatTab:
             offered = await catalogue(visitor.api)
         except TrimtabError as error:
             notice, offered = problem(error), None
-        if offered is not None and not link_steers(settings) and offered["vectors"]:
+        is_empty = not settings.is_steered and not settings.probes
+        if offered is not None and is_empty and offered["vectors"]:
             first = offered["vectors"][0]["id"]
             settings = settings.model_copy(
                 update={
@@ -231,7 +232,7 @@ class ChatTab:
         try:
             async with chat.asking:
                 model = await visitor.model()
-                turn, sides = await _begun(visitor, model, prompt, colour, choices, is_anew=is_anew)
+                turn, sides = await begin(visitor, model, prompt, colour, choices, is_anew=is_anew)
         except TrimtabError as error:
             yield self._only_notice(problem(error))
             return
@@ -315,105 +316,11 @@ def offering(
     ]
 
 
-async def _begun(
-    visitor: Visitor,
-    model: str,
-    prompt: str,
-    colour: str,
-    choices: tuple[Any, ...],
-    *,
-    is_anew: bool,
-) -> tuple[Turn, tuple[str, ...]]:
-    """Put a new turn into the chat, in place of the last one if that is asked anew.
-
-    Returns:
-        It, and the sides that must answer: none where there is nothing to ask anew, only the
-        steered one where the unsteered answer stays.
-
-    Raises:
-        TrimtabError: the settings cannot be used; the chat is as it was.
-    """
-    chat = visitor.chat
-    again = chat.last if is_anew else None
-    asked = prompt if again is None else again.settings.prompt
-    settings = read_by(settings_of(asked, *choices), colour)
-    receipt = await check(visitor.api, settings, model)
-    turn = Turn(settings, dose=receipt.get("dose", {}))
-    if again is not None:
-        chat.stop()
-        chat.turns[-1] = turn
-        if can_stay(again, settings):
-            turn.baseline = again.baseline
-            return turn, ("steered",)
-        return turn, SIDES
-    if is_anew:
-        return turn, ()
-    chat.stop()
-    chat.drop_unanswered()
-    chat.turns.append(turn)
-    return turn, SIDES
-
-
-def can_stay(last: Turn, settings: RunSettings) -> bool:
-    """Return whether a turn's unsteered answer is also the answer under other settings."""
-    return (
-        last.baseline.finish in ("stop", "length")
-        and last.settings.sampling() == settings.sampling()
-        and last.settings.probes == settings.probes
-    )
-
-
-def settings_of(
-    prompt: str, panel: Any, max_tokens: Any, temperature: Any, seed: Any
-) -> RunSettings:
-    """Return the settings from the components' values.
-
-    Raises:
-        LinkError: a value is out of its range.
-    """
-    return read_settings(
-        {
-            **(panel or {}),
-            "prompt": prompt,
-            "max_tokens": int(max_tokens if max_tokens is not None else 128),
-            "temperature": float(temperature or 0.0),
-            "seed": None if seed is None else int(seed),
-        }
-    )
-
-
-def read_by(settings: RunSettings, colour: str) -> RunSettings:
-    """Return the settings with the probe read that the tokens are coloured by."""
-    if colour in (PLAIN, SURPRISE, *settings.probes):
-        return settings
-    return read_settings(settings.model_dump() | {"probes": [*settings.probes[:7], colour]})
-
-
 def panel_value(settings: RunSettings) -> dict[str, Any]:
     """Return the part of the settings that the panel holds."""
     return settings.model_dump(
         include={"preset", "vectors", "ablate", "guidance", "when", "probes"}, exclude_none=True
     )
-
-
-def link_steers(settings: RunSettings) -> bool:
-    """Return whether the settings of a link choose anything."""
-    return settings.is_steered or bool(settings.probes)
-
-
-async def check(api: Api, settings: RunSettings, model: str) -> dict[str, Any]:
-    """Return the server's report on the steering, before anything is generated.
-
-    Raises:
-        ServerError: it refuses the steering, in its own words.
-    """
-    if not settings.is_steered:
-        return {}
-    fields: dict[str, Any] = {"model": settings.model_name(model)}
-    if settings.steering is not None:
-        fields["steering"] = settings.steering
-    found: dict[str, Any] = await api.post("/v1/steering/check", fields)
-    return found
 
 
 def _path(name: str) -> str:
