@@ -70,8 +70,9 @@ class Explaining:
     ) -> AsyncIterator[Explanation]:
         """Ask the server, one side after the other, and yield when there is more to show.
 
-        What was under way before is ended first. Yields at most 12 times a second, and last when
-        it is complete, failed or cancelled; not at all once another has taken its place.
+        What was under way before is ended first. Yields at once, then at most 12 times a second,
+        and last when it is complete, failed or cancelled; not at all once another has taken its
+        place.
 
         Args:
             api: the server, under the visitor's key.
@@ -81,6 +82,7 @@ class Explaining:
         self.clear()
         self._latest = explanation
         changed = asyncio.Event()
+        changed.set()
         task = asyncio.create_task(_ask(api, explanation, model, changed))
         self._task = task
         async with aclosing(frames([task], changed)) as drawn:

@@ -179,10 +179,9 @@ class WhyTab:
             yield [problem(error), "", gr.skip()]
             return
         explanation = Explanation(question, how)
-        yield ["", progress_html(explanation), ""]
         n_shown = 0
+        shown: Any = ""  # the old result goes as the new one begins
         async for _ in visitor.explaining.run(visitor.api, explanation, model=model):
-            shown: Any = gr.skip()
             if len(explanation.results) > n_shown:
                 n_shown = len(explanation.results)
                 # Thousands of tokens take a while to draw, and others wait for this loop.
@@ -190,6 +189,7 @@ class WhyTab:
                 if not visitor.explaining.is_latest(explanation):
                     return
             yield [_said(explanation), progress_html(explanation), shown]
+            shown = gr.skip()
 
     async def _cancelled(self, request: gr.Request) -> None:
         self.visitors.of(request).explaining.stop()

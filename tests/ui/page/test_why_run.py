@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 from running_server import NAME, Served, running
 from serving_fakes import FakeEngine, toy_vector
@@ -19,8 +21,10 @@ from trimtab.steering.store import Store
 from trimtab.ui.page.api import Api
 from trimtab.ui.page.conversation import Answer, Conversation, Piece, Turn
 from trimtab.ui.page.run_settings import read_settings
-from trimtab.ui.page.why_question import STEERED, How, question_of
+from trimtab.ui.page.visitor import Visitors
+from trimtab.ui.page.why_question import STEERED, TYPED, How, question_of
 from trimtab.ui.page.why_run import Explaining, Explanation
+from trimtab.ui.page.why_tab import WhyTab
 
 PROMPT = "How long is a piece of string? " * 4
 # Much longer than any test waits: only an end that is asked for ends it.
@@ -220,6 +224,32 @@ def test_stopping_before_the_first_step_ends_it(serve):
     asyncio.run(play())
     assert one.is_cancelled
     assert n_jobs(served) == 0
+
+
+def test_a_stop_is_heard_as_soon_as_there_is_something_to_stop(serve):
+    """Catches a Cancel that does nothing between the press and the request."""
+    served = serve()
+
+    async def play() -> list[str]:
+        async with api_of(served) as api:
+            visitors = Visitors(api)
+            with gr.Blocks(), gr.Tab("Why") as tab:
+                why = WhyTab(visitors, tab)
+            who = SimpleNamespace(session_hash="me")
+            notices = []
+            texts = (PROMPT, "yes", "")
+            asked = (TYPED, False, ENDLESS.method, "orders=1024", False, *texts)
+            async with asyncio.timeout(20):
+                async for notice, _, _ in why._explained(who, *asked):
+                    if not notices:
+                        await why._cancelled(who)
+                    notices.append(notice)
+            await until(lambda: n_jobs(served) == 0)
+        return notices
+
+    first, *_, last = asyncio.run(play())
+    assert not first
+    assert "Cancelled." in last
 
 
 def test_a_reader_who_goes_away_ends_the_job(serve):
