@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from trimtab.steering.errors import TrimtabError
+from trimtab.ui.page.library import checked_name
 from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import done, problem
 from trimtab.ui.page.pasted import MAX_CHARS
@@ -114,12 +115,12 @@ def named(typed: str, *, otherwise: str | None = None) -> str:
     """Return the name that was typed, or what it is called otherwise.
 
     Raises:
-        FormError: there is neither.
+        FormError, StoredNameError: there is neither, or nothing can be stored under it.
     """
     name = typed.strip() or otherwise
     if not name:
         raise FormError("Give it a name, by which requests will ask for it.")
-    return name
+    return checked_name(name)
 
 
 def options_of(text: str) -> dict[str, Any]:

@@ -23,6 +23,20 @@ class StoredNameError(TrimtabError):
     code = "invalid_name"
 
 
+def checked_name(name: str) -> str:
+    """Return a name that something can be stored under.
+
+    Raises:
+        StoredNameError: it is none.
+    """
+    if not _ID.fullmatch(name):
+        raise StoredNameError(
+            f"{name[:80]!r} cannot be a name: use letters, digits, '.', '_' and '-', "
+            "starting with a letter or digit, at most 64 characters."
+        )
+    return name
+
+
 @dataclass(frozen=True)
 class Item:
     """One stored thing: which kind, and its id. Ids are unique within a kind."""
@@ -40,12 +54,7 @@ class Item:
         Raises:
             StoredNameError: its id could be mistaken for a path.
         """
-        if not _ID.fullmatch(self.id):
-            raise StoredNameError(
-                f"{self.id[:80]!r} cannot be a name: use letters, digits, '.', '_' and '-', "
-                "starting with a letter or digit, at most 64 characters."
-            )
-        return f"/v1/steering/{KINDS[self.kind]}/{self.id}"
+        return f"/v1/steering/{KINDS[self.kind]}/{checked_name(self.id)}"
 
 
 @dataclass(frozen=True)

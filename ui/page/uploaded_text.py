@@ -12,9 +12,11 @@ def uploaded_text(value: Any) -> str:
     """Return the text of the file in an `Upload`'s place.
 
     Raises:
-        UploadError: there is none, it is too long for the page, or no text.
+        UploadError: there is none, it is empty or too long for the page, or no text.
     """
     data = file_bytes(value)
+    if not data.strip():
+        raise UploadError("The file is empty; choose another.")
     if len(data) > MAX_CHARS:
         raise UploadError(
             f"The file is longer than the {MAX_CHARS // 2**20} MiB that the page takes. Build from "

@@ -8,7 +8,10 @@ import pytest
 
 from trimtab.steering.errors import DataError, TrimtabError
 from trimtab.ui.page.build_form import FormError, named, options_of
+from trimtab.ui.page.download import file_value
 from trimtab.ui.page.pasted import MAX_CHARS, pasted_pairs, pasted_texts
+from trimtab.ui.page.upload import UploadError
+from trimtab.ui.page.uploaded_text import uploaded_text
 
 ROWS = [
     {"prompt": f"How is {thing}?", "preferred": f"{thing} is good", "dispreferred": f"{thing} bad"}
@@ -88,3 +91,18 @@ def test_a_name_is_asked_for():
     assert named(" ", otherwise="warm") == "warm"
     with pytest.raises(FormError):
         named("  ")
+
+
+@pytest.mark.parametrize("name", ["two words", "a/b", "../up", "-x", "ärger", "n" * 65])
+def test_a_name_that_cannot_be_one_says_what_may(name):
+    """Catches a regular expression in place of a sentence."""
+    with pytest.raises(TrimtabError, match="use letters, digits") as caught:
+        named(name)
+    assert "^" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"", b" \r\n"])
+def test_an_empty_file_is_not_taken_for_examples(data):
+    """Catches what was typed being replaced by nothing, and called done."""
+    with pytest.raises(UploadError, match="is empty"):
+        uploaded_text(file_value("pairs.txt", data))
