@@ -9,6 +9,7 @@ import gradio as gr
 
 from trimtab.steering.errors import TrimtabError
 from trimtab.ui.client import ServerError
+from trimtab.ui.page.api import RefusedError
 from trimtab.ui.page.build_view import (
     build_label,
     end_html,
@@ -27,6 +28,7 @@ from trimtab.ui.page.notice import note, problem
 from trimtab.ui.page.visitor import Visitor, Visitors
 
 _CANCEL, _EXPORT = "Cancel", "Export GGUF"
+_GONE = 404
 
 
 class BuildOutcome:
@@ -121,10 +123,25 @@ class BuildOutcome:
                 which: Any = gr.skip()
                 if state["status"] != before.get("status"):
                     which = _choices((await visitor.api.get(PATH))["data"], build)
+                    if visitor.watching.build != build:  # another was chosen meanwhile
+                        return
                 yield self._shown(state, before, which)
                 before = state
         except TrimtabError as error:
-            yield self.said(problem(error))
+            is_gone = isinstance(error, RefusedError) and error.http_status == _GONE
+            yield self._nothing(problem(error)) if is_gone else self.said(problem(error))
+
+    def _nothing(self, said: str) -> list[Any]:
+        """Return the values of `shown` when the build that was watched is gone."""
+        return [
+            said,
+            gr.Dropdown(value=None),
+            gr.Button(value=_CANCEL, interactive=False),
+            *[""] * 3,
+            gr.Row(visible=False),
+            gr.skip(),
+            "",
+        ]
 
     def _shown(self, state: dict[str, Any], before: dict[str, Any], which: Any) -> list[Any]:
         def changed(new: str, old: str | None) -> Any:

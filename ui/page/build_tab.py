@@ -9,11 +9,11 @@ from typing import Any
 import gradio as gr
 
 from trimtab.steering.errors import TrimtabError
-from trimtab.ui.page.api import RefusedError
-from trimtab.ui.page.build_form import show_chosen
+from trimtab.ui.page.api import Api, RefusedError
+from trimtab.ui.page.build_form import FormError, show_chosen
 from trimtab.ui.page.build_offers import offers
 from trimtab.ui.page.build_outcome import BuildOutcome
-from trimtab.ui.page.build_watch import PATH
+from trimtab.ui.page.build_watch import PATH, is_under_way
 from trimtab.ui.page.chat_tab import ChatTab
 from trimtab.ui.page.classifier_form import ClassifierForm, bundled_html
 from trimtab.ui.page.live import LIVE
@@ -112,7 +112,10 @@ class BuildTab:
                 body, pasted = await asyncio.to_thread(self.vector.body, *values[:n])
             else:
                 body, pasted = await asyncio.to_thread(self.classifier.body, *values[n:])
-            state = await visitor.api.post(PATH, body)
+            # One after the other: of two presses the second finds the first one's build.
+            async with visitor.watching.starting:
+                await _check_free(visitor.api, kind, body["id"])
+                state = await visitor.api.post(PATH, body)
         except TrimtabError as error:
             said = error.message if pasted is None else pasted.in_lines(error.message)
             if isinstance(error, RefusedError) and error.http_status == _TAKEN:
@@ -128,3 +131,17 @@ class BuildTab:
             return await self.chat.refresh(request)
         except TrimtabError:
             return [gr.skip()] * 2  # the build's side has said what is wrong
+
+
+async def _check_free(api: Api, kind: str, name: str) -> None:
+    """Look whether one of this name is on its way: replacing it as well would build it twice.
+
+    Raises:
+        FormError: it is.
+    """
+    for state in (await api.get(PATH))["data"]:
+        if is_under_way(state) and (state["kind"], state["artifact"]) == (kind, name):
+            raise FormError(
+                f"A {kind} {name} is being built already: wait for it, cancel it, or choose "
+                "another name."
+            )

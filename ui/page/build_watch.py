@@ -20,10 +20,12 @@ class Watching:
 
     Attributes:
         build: the id of the one that was watched last.
+        starting: held while one is asked for.
     """
 
     def __init__(self) -> None:
         self.build: str | None = None
+        self.starting = asyncio.Lock()
         self._turn: object | None = None
 
     def stop(self) -> None:

@@ -37,9 +37,10 @@ class ClassifierForm:
         with gr.Column(visible=True) as bundled_box:
             self.bundled = gr.Dropdown([], label="Bundled set", elem_id="build-bundled")
             self.about = gr.HTML("", elem_id="build-bundled-about")
+            # Not None: a number field that is shown later makes 0 of it.
             self.own_answers = gr.Number(
-                None,
-                label="Read the model's own answers, tokens each (empty: the prompts alone)",
+                0,
+                label="Read the model's own answers, tokens each (0: the prompts alone)",
                 precision=0,
                 elem_id="build-own-answers",
             )
@@ -108,7 +109,7 @@ class ClassifierForm:
             if not bundled:
                 raise FormError("Choose a bundled set, or another source.")
             given = {"bundled": bundled}
-            if own_answers is not None:
+            if own_answers:
                 given["own_answer_tokens"] = int(own_answers)
         fields = {
             "kind": "classifier",
