@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab.steering.errors import TrimtabError
@@ -87,12 +87,14 @@ class Browsing:
         chosen: what is shown in full.
         to_delete: what the visitor was asked about.
         deleted: what has gone, until the chat's panel is told.
+        showing: held while the tab is filled.
     """
 
     library: Library | None = None
     chosen: Item | None = None
     to_delete: Item | None = None
     deleted: Item | None = None
+    showing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 async def stored(api: Api) -> Library:

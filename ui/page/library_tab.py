@@ -115,7 +115,8 @@ class LibraryTab:
             trigger_mode="always_last",
             **LIVE,
         )
-        self.list.select(self._chosen, choices, all_of_it, trigger_mode="always_last", **LIVE)
+        # Each press: of those that come while one is answered, Gradio would drop the last.
+        self.list.select(self._chosen, choices, all_of_it, trigger_mode="multiple", **LIVE)
         self.try_it.click(
             self._tried, None, [self.notice, *self.chat.offered, self.chat.notice, tabs], **LIVE
         )
@@ -168,28 +169,32 @@ class LibraryTab:
     ) -> list[Any]:
         """Return the notice and the values of `_shown`, from what is stored now."""
         browsing, notice = visitor.browsing, ""
-        browsing.to_delete = None  # the question is hidden below
-        try:
-            library = browsing.library = await stored(visitor.api)
-            item = browsing.chosen
-            if item is not None and item not in library:
-                browsing.chosen = None
-                # The server says why: it is gone, or its file can no longer be read.
-                await visitor.api.get(item.path)
-        except TrimtabError as error:
-            notice = problem(error)
-        if browsing.library is None:
-            return [notice, *[gr.skip()] * len(self._shown)]
-        chosen = browsing.chosen
-        return [
-            notice,
-            self._list(visitor, kind, search, order),
-            _EMPTY if chosen is None else _detail(chosen, browsing.library),
-            gr.Row(visible=chosen is not None),
-            gr.Button(visible=chosen is not None and chosen.kind == "vector"),
-            gr.Column(visible=False),
-            *await self.similarities.show(visitor, kind, layer),
-        ]
+        # One after the other: whoever presses twice sees the second last.
+        async with browsing.showing:
+            browsing.to_delete = None  # the question is hidden below
+            try:
+                library = browsing.library = await stored(visitor.api)
+                item = browsing.chosen
+                if item is not None and item not in library:
+                    browsing.chosen = None
+                    # The server says why: it is gone, or its file can no longer be read.
+                    await visitor.api.get(item.path)
+            except TrimtabError as error:
+                notice = problem(error)
+            if browsing.library is None:
+                return [notice, *[gr.skip()] * len(self._shown)]
+            chosen = browsing.chosen
+            if chosen is not None and chosen not in browsing.library:
+                chosen = None  # pressed meanwhile, and gone as well: its own turn says so
+            return [
+                notice,
+                self._list(visitor, kind, search, order),
+                _EMPTY if chosen is None else _detail(chosen, browsing.library),
+                gr.Row(visible=chosen is not None),
+                gr.Button(visible=chosen is not None and chosen.kind == "vector"),
+                gr.Column(visible=False),
+                *await self.similarities.show(visitor, kind, layer),
+            ]
 
     async def _listed(self, request: gr.Request, kind: str, search: str, order: str) -> str:
         return self._list(self.visitors.of(request), kind, search, order)

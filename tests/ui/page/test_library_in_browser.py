@@ -95,6 +95,25 @@ def offered(page) -> list[str]:
     return page.locator('#steering-panel [data-key^="ablate-"]').all_inner_texts()
 
 
+def test_of_two_quick_presses_the_last_is_shown(open_page, served_page, http):
+    """Catches a press that is dropped because the one before it is being answered."""
+    store(http, "zen")
+    store(http, "calm")
+    page = open_library(open_page(), served_page)
+    choose(page, "optimistic")
+    for first, last in (("zen", "calm"), ("calm", "zen")):
+        page.evaluate(
+            """names => names.forEach((name, i) => setTimeout(
+                () => document.querySelector(`#library-list [data-id="${name}"]`).click(), 30 * i
+            ))""",
+            [first, last],
+        )
+        shown = page.locator("#library-detail h3", has_text=last)
+        shown.wait_for(timeout=15_000)
+        page.wait_for_timeout(500)
+        assert shown.is_visible()
+
+
 def test_a_vector_is_looked_at_compared_tried_and_taken_home(open_page, served_page, http):
     """Catches a tab that shows less than the API knows, or other numbers."""
     store(http, "zen")

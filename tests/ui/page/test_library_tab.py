@@ -90,6 +90,53 @@ def test_what_somebody_else_deleted_is_told_in_the_servers_words(served):
     assert "<h2>" not in detail
 
 
+def test_of_two_presses_the_second_is_shown_last(served):
+    """Catches the first card's details coming late, in the place of the second's."""
+    ended = []
+
+    async def steps(library):
+        show = library.similarities.show
+        waits = iter((0.3, 0.0))
+
+        async def slow_at_first(*args):
+            await asyncio.sleep(next(waits))
+            return await show(*args)
+
+        library.similarities.show = slow_at_first
+
+        async def press(name):
+            await choose(library, "vector", name)
+            ended.append(name)
+
+        await asyncio.gather(press("kind"), press("formal"))
+
+    use(served, steps)
+    assert ended == ["kind", "formal"]
+
+
+def test_two_presses_on_what_is_gone_are_both_told(served):
+    """Catches a traceback where the second press comes while the server says why of the first."""
+
+    async def steps(library):
+        await library._opened(WHO, "vector", *ASKED)
+        api = library.visitors.of(WHO).api
+        get, late = api.get, []
+
+        async def pressed_meanwhile(path, **query):
+            if path.endswith("/gone"):
+                late.append(asyncio.create_task(choose(library, "vector", "gone-too")))
+                await asyncio.sleep(0)
+            return await get(path, **query)
+
+        api.get = pressed_meanwhile
+        first = await choose(library, "vector", "gone")
+        return first, await late[0]
+
+    for notice, _, detail, *_ in use(served, steps):
+        assert "Unknown vector" in notice
+        assert "<h3>" not in detail
+
+
 def test_nothing_is_deleted_without_the_question(served):
     """Catches a Delete that needs one press, or that deletes what was chosen after it was asked."""
 
