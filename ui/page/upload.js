@@ -9,7 +9,7 @@ input.addEventListener("change", () => {
   if (!file) return;
   if (file.size > props.most) {
     input.value = "";
-    said.textContent = `${file.name} is longer than ${props.most / 2 ** 20} MiB; send it to the API yourself.`;
+    said.textContent = `${file.name} is longer than ${props.most / 2 ** 20} MiB, the most the page takes; the API and the command line take more.`;
     return;
   }
   const reader = new FileReader();

@@ -117,3 +117,18 @@ def test_pasted_pairs_are_calibrated_and_their_unit_is_shown_and_tried(builder, 
     tried(page, "brightness")
     zones = page.locator('[data-key="vector-brightness"] ~ .tt-zones i')
     assert {zone.get_attribute("title") for zone in zones.all()} - {"unmeasured"}
+
+
+def test_a_bundled_classifier_is_built_with_the_forms_own_values(open_page, toy_builder):
+    """Catches a value that the form holds by itself and the server refuses."""
+    page = open_page()
+    build = BuildPage(page, f"{toy_builder.page}{PATH}/")
+    page.locator("#build-kind").get_by_label("classifier").check()
+    page.wait_for_selector("#build-bundled-about .tt-hint")
+    build.type("build-classifier-name", "bundled")
+    build.tick("build-classifier-calibrate", on=False)
+    build.start()
+    assert "The classifier bundled is built and stored" in build.end()
+    assert page.locator("#build-result th").count()
+    page.click("#build-try")
+    page.wait_for_selector('[data-key^="label-bundled-"] >> nth=0', state="visible")
