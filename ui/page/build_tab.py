@@ -139,7 +139,11 @@ async def _check_free(api: Api, kind: str, name: str) -> None:
     Raises:
         FormError: it is.
     """
-    for state in (await api.get(PATH))["data"]:
+    try:
+        states = (await api.get(PATH))["data"]
+    except TrimtabError:
+        return  # whether it may be built is the server's to say, when it is asked to
+    for state in states:
         if is_under_way(state) and (state["kind"], state["artifact"]) == (kind, name):
             raise FormError(
                 f"A {kind} {name} is being built already: wait for it, cancel it, or choose "

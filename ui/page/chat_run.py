@@ -24,8 +24,9 @@ async def run(
 
     The longer the answers, the seldomer: drawing them takes time in proportion to their length.
 
-    What ran before in this conversation is stopped first. Ends without yielding again once the
-    turn is not the conversation's last: another took its place, or a new chat began.
+    What ran before in this conversation is stopped first; nothing runs once its visitor has left.
+    Ends without yielding again once the turn is not the conversation's last: another took its
+    place, or a new chat began.
 
     Args:
         api: the server, under the visitor's key.
@@ -35,6 +36,8 @@ async def run(
         sides: `baseline`, `steered` or both.
     """
     conversation.stop()
+    if conversation.is_over:
+        return
     changed = asyncio.Event()
     tasks = [
         asyncio.create_task(_answer(api, conversation, turn, side, model, changed))

@@ -86,12 +86,14 @@ class Conversation:
         turns: in order.
         tasks: of the run.
         answering: what they fill.
+        is_over: its visitor has left; no run may begin.
         asking: held from a press until its run has started, so that presses take effect in order.
     """
 
     turns: list[Turn] = field(default_factory=list)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     answering: list[Answer] = field(default_factory=list)
+    is_over: bool = False
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property

@@ -47,6 +47,8 @@ class Visitor:
 
     def stop(self) -> None:
         """End whatever runs for this visitor."""
+        # A press whose steering is being checked would begin to answer after this.
+        self.chat.is_over = True
         for running in (self.chat, self.explaining, self.watching):
             running.stop()
 

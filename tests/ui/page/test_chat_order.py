@@ -130,3 +130,19 @@ def test_gauges_of_an_ended_chat_do_not_come_back():
         assert [one for one in shown if "Ask something below" in one[0]] == []
 
     asyncio.run(play())
+
+
+def test_who_leaves_while_the_steering_is_checked_is_not_answered():
+    """Catches a run that begins after its visitor has gone, and which nobody would end."""
+
+    async def play() -> None:
+        it = Pressing()
+        it.server.checked.clear()
+        sent = it.press("send")
+        await asyncio.sleep(0)
+        await it.tab.visitors.leave(ME)
+        it.server.checked.set()
+        await asyncio.wait_for(sent, 5)
+        assert it.server.bodies == []
+
+    asyncio.run(play())

@@ -108,7 +108,7 @@ def test_of_two_quick_presses_the_last_is_shown(open_page, served_page, http):
             ))""",
             [first, last],
         )
-        shown = page.locator("#library-detail h3", has_text=last)
+        shown = page.locator("#library-detail h2", has_text=last)
         shown.wait_for(timeout=15_000)
         page.wait_for_timeout(500)
         assert shown.is_visible()
