@@ -12,6 +12,34 @@ IS_OVER = "document.querySelectorAll('#stage [aria-busy]').length == 0"
 PATIENCE_MS = 90_000
 
 
+def sees_both_sides(page: Page, url: str, *, query: str) -> None:
+    """Send what a link asks, under `optimistic` at 2, and look at both answers while they come.
+
+    Raises:
+        AssertionError: a side came in one piece, both are the same, or the steered one's receipt
+            or a gauge is missing.
+    """
+    page.add_init_script(
+        "window.seen = {baseline: [], steered: []}; new MutationObserver(() => {"
+        "for (const side in window.seen) { const at = document.querySelector("
+        "`#stage [data-side=${side}] .tt-answer`); "
+        "if (at) window.seen[side].push(at.innerText.length) } })"
+        ".observe(document, {subtree: true, childList: true, characterData: true})"
+    )
+    chat = ChatPage(page, url, query=query)
+    chat.send()
+    chat.wait()
+    for side, lengths in page.evaluate("window.seen").items():
+        assert len(set(lengths)) >= 4, (side, lengths)
+    assert chat.text("baseline") != chat.text("steered")
+    steered = page.inner_text('#stage [data-side="steered"]')
+    assert "+2 optimistic at layer" in steered
+    assert "tokens steered" in steered
+    gauges = page.inner_text("#gauges")
+    for shown in ("Repetition", "nats (own", "Dose up to 0."):
+        assert shown in gauges, gauges
+
+
 class ChatPage:
     """One person's Chat tab.
 

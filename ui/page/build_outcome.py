@@ -18,13 +18,12 @@ from trimtab.ui.page.build_view import (
     stage_html,
 )
 from trimtab.ui.page.build_watch import PATH, build_path, is_under_way
-from trimtab.ui.page.catalogue import catalogue
-from trimtab.ui.page.chat_tab import ChatTab, offering
+from trimtab.ui.page.chat_tab import ChatTab
 from trimtab.ui.page.download import Download, file_value
 from trimtab.ui.page.library import Item
-from trimtab.ui.page.library_try import chat_settings
+from trimtab.ui.page.library_try import try_in_chat
 from trimtab.ui.page.live import LIVE
-from trimtab.ui.page.notice import note, problem
+from trimtab.ui.page.notice import problem
 from trimtab.ui.page.visitor import Visitor, Visitors
 
 _CANCEL, _EXPORT = "Cancel", "Export GGUF"
@@ -180,12 +179,9 @@ class BuildOutcome:
         api = self.visitors.of(request).api
         try:
             item = await self._built(request, build)
-            settings = chat_settings(item, await api.get(item.path))
-            offered = offering(await catalogue(api), settings=settings)
+            return await try_in_chat(api, item, await api.get(item.path))
         except TrimtabError as error:
             return [problem(error), *[gr.skip()] * 4]
-        said = note(f"What {item} does is set beside the chat. Send a prompt to see it.")
-        return ["", *offered, said, gr.Tabs(selected="chat")]
 
     async def _saved(self, request: gr.Request, build: str | None) -> list[Any]:
         return await self._file(request, build, "safetensors")

@@ -18,10 +18,10 @@ from trimtab.ui.page.library import KINDS, Item, Library, stored
 from trimtab.ui.page.library_card import card_html
 from trimtab.ui.page.library_list import ORDERS, list_html
 from trimtab.ui.page.library_removal import LibraryRemoval
-from trimtab.ui.page.library_try import chat_settings, without
+from trimtab.ui.page.library_try import try_in_chat, without
 from trimtab.ui.page.library_upload import LibraryUpload
 from trimtab.ui.page.live import LIVE
-from trimtab.ui.page.notice import note, problem
+from trimtab.ui.page.notice import problem
 from trimtab.ui.page.similarities import Similarities
 from trimtab.ui.page.visitor import Visitor, Visitors
 
@@ -209,11 +209,9 @@ class LibraryTab:
         visitor = self.visitors.of(request)
         try:
             item, card = await self._card(visitor)
-            offered = offering(await catalogue(visitor.api), settings=chat_settings(item, card))
+            return await try_in_chat(visitor.api, item, card)
         except TrimtabError as error:
             return [problem(error), *[gr.skip()] * 4]
-        said = note(f"What {item} does is set beside the chat. Send a prompt to see it.")
-        return ["", *offered, said, gr.Tabs(selected="chat")]
 
     async def _saved(self, request: gr.Request) -> list[Any]:
         visitor = self.visitors.of(request)

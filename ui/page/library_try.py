@@ -1,10 +1,35 @@
-"""What a stored thing sets in the chat's panel, and what its end takes out of it."""
+"""What a stored thing sets in the chat, and what its end takes out of the chat's panel."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import gradio as gr
+
+from trimtab.ui.page.api import Api
+from trimtab.ui.page.catalogue import catalogue
+from trimtab.ui.page.chat_tab import offering
 from trimtab.ui.page.library import Item
+from trimtab.ui.page.notice import note
+
+
+async def try_in_chat(api: Api, item: Item, card: dict[str, Any]) -> list[Any]:
+    """Return the values that show in the chat what something does.
+
+    Args:
+        api: the server, under the visitor's key.
+        item: what is to be tried.
+        card: what the API tells of it.
+
+    Returns:
+        Those of the asking tab's notice, the chat's `offered`, its notice and the tabs.
+
+    Raises:
+        ServerError: the server cannot be asked.
+    """
+    offered = offering(await catalogue(api), settings=chat_settings(item, card))
+    said = note(f"What {item} does is set beside the chat. Send a prompt to see it.")
+    return ["", *offered, said, gr.Tabs(selected="chat")]
 
 
 def chat_settings(item: Item, card: dict[str, Any]) -> dict[str, Any]:

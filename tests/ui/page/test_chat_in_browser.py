@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 from browser import keep_screenshot
-from chat_on_page import ChatPage
+from chat_on_page import ChatPage, sees_both_sides
 
 from trimtab.ui.page.run_settings import from_link, read_settings, to_link
 
@@ -30,25 +30,8 @@ STEERED = {"vectors": [{"id": "optimistic", "scale": 2.0}], "max_tokens": 24}
 
 def test_both_answers_stream_in_pieces_and_say_what_was_done(open_page, served_page):
     """Catches a page that waits for the whole answer, or shows one side on both."""
-    page = open_page()
-    page.add_init_script(
-        "window.seen = []; new MutationObserver(() => { const at = document.querySelector("
-        "'#stage [data-side=steered] .tt-answer'); if (at) window.seen.push(at.innerText.length) })"
-        ".observe(document, {subtree: true, childList: true, characterData: true})"
-    )
-    chat = ChatPage(page, served_page.url, query=link(prompt="What is a tree?", **STEERED))
-    chat.send()
-    chat.wait()
-    lengths = sorted(set(page.evaluate("window.seen")))
-    assert len(lengths) >= 4, lengths
-    assert chat.text("baseline") != chat.text("steered")
-    steered = page.inner_text('#stage [data-side="steered"]')
-    assert "+2 optimistic at layer" in steered
-    assert "tokens steered" in steered
-    gauges = page.inner_text("#gauges")
-    assert "Repetition" in gauges
-    assert "nats (own" in gauges
-    assert "Dose up to 0." in gauges
+    asked = link(prompt="What is a tree?", **STEERED)
+    sees_both_sides(open_page(), served_page.url, query=asked)
 
 
 def test_a_slider_moved_answers_again_and_leaves_the_baseline(open_page, served_page):

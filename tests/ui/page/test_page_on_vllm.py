@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from build_on_page import BuildPage
-from chat_on_page import ChatPage
+from chat_on_page import sees_both_sides
 from page_before import page_before
 from served_program import serving
 from why_on_page import PROMPT, STEERING, WhyPage
@@ -44,27 +44,8 @@ def page_url(real_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def test_both_answers_stream_with_their_receipt_and_surprise(open_page, page_url):
     """Catches a page that needs something of the server that only the embedded engine does."""
-    page = open_page()
-    page.add_init_script(
-        "window.seen = {baseline: [], steered: []}; new MutationObserver(() => {"
-        "for (const side in window.seen) { const at = document.querySelector("
-        "`#stage [data-side=${side}] .tt-answer`); "
-        "if (at) window.seen[side].push(at.innerText.length) } })"
-        ".observe(document, {subtree: true, childList: true, characterData: true})"
-    )
     settings = read_settings({"prompt": PROMPT, "max_tokens": 24, **STEERING})
-    chat = ChatPage(page, page_url, query=f"?run={to_link(settings)}")
-    chat.send()
-    chat.wait()
-    for side, lengths in page.evaluate("window.seen").items():
-        assert len(set(lengths)) >= 4, (side, lengths)
-    assert chat.text("baseline") != chat.text("steered")
-    steered = page.inner_text('#stage [data-side="steered"]')
-    assert "+2 optimistic at layer" in steered
-    assert "tokens steered" in steered
-    gauges = page.inner_text("#gauges")
-    assert "nats (own" in gauges
-    assert "Dose up to 0." in gauges
+    sees_both_sides(open_page(), page_url, query=f"?run={to_link(settings)}")
 
 
 def test_what_vllm_cannot_do_is_said(open_page, page_url):
