@@ -77,20 +77,26 @@ class ChatPage:
     def send(self) -> None:
         """Send the prompt and wait for the first words of both sides.
 
+        A problem shown before is none of this prompt's, and goes with its first words.
+
         Raises:
             AssertionError: the page shows a problem instead.
         """
+        from playwright.sync_api import TimeoutError as TooLateError
+
         turn = int(self.page.get_attribute("#stage [data-turn]", "data-turn") or 0)
-        self.page.click("#send")
-        self.page.wait_for_function(
-            "n => document.querySelector('#chat-notice .tt-problem') || "
-            "document.querySelector('#stage [data-turn]').dataset.turn > n && "
-            "['baseline', 'steered'].every(side => document.querySelector("
-            "`#stage [data-side=${side}] .tt-answer`)?.innerText.trim())",
-            arg=turn,
-        )
         problem = self.page.locator("#chat-notice .tt-problem")
-        assert not problem.count(), problem.inner_text()
+        self.page.click("#send")
+        try:
+            self.page.wait_for_function(
+                "n => document.querySelector('#stage [data-turn]').dataset.turn > n && "
+                "['baseline', 'steered'].every(side => document.querySelector("
+                "`#stage [data-side=${side}] .tt-answer`)?.innerText.trim())",
+                arg=turn,
+            )
+        except TooLateError as error:
+            raise AssertionError(problem.all_inner_texts()) from error
+        assert not problem.count(), problem.all_inner_texts()
 
     def wait(self) -> None:
         """Wait until nothing streams any more."""

@@ -214,7 +214,10 @@ class ChatTab:
     async def _steered_anew(
         self, request: gr.Request, prompt: str, colour: str, *choices: Any
     ) -> AsyncIterator[list[Any]]:
-        """Answer the last prompt again under what is chosen now; the unsteered side stays."""
+        """Answer the last prompt again under what is chosen now; the unsteered side stays.
+
+        Says and does nothing if it is overtaken by another press that asks for answers.
+        """
         visitor = self.visitors.of(request)
         async for shown in self._run(visitor, prompt, colour, choices, is_anew=True):
             yield shown
@@ -229,12 +232,17 @@ class ChatTab:
         is_anew: bool = False,
     ) -> AsyncIterator[list[Any]]:
         chat = visitor.chat
+        chat.n_presses += 1
+        press = chat.n_presses
         try:
             async with chat.asking:
+                if is_anew and press < chat.n_presses:
+                    return
                 model = await visitor.model()
                 turn, sides = await begin(visitor, model, prompt, colour, choices, is_anew=is_anew)
         except TrimtabError as error:
-            yield self._only_notice(problem(error))
+            if not is_anew or press == chat.n_presses:
+                yield self._only_notice(problem(error))
             return
         asked = request_body(body(turn, "steered", model, chat.messages("steered", until=turn)))
         fixed = [

@@ -88,6 +88,7 @@ class Conversation:
         answering: what they fill.
         is_over: its visitor has left; no run may begin.
         asking: held from a press until its run has started, so that presses take effect in order.
+        n_presses: how many asked for answers so far.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -95,6 +96,7 @@ class Conversation:
     answering: list[Answer] = field(default_factory=list)
     is_over: bool = False
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    n_presses: int = 0
 
     @property
     def last(self) -> Turn | None:

@@ -10,6 +10,7 @@ import gradio as gr
 import pytest
 from chat_wire import FakeServer
 
+from trimtab.ui.client import ServerError
 from trimtab.ui.page.chat_tab import ChatTab
 from trimtab.ui.page.chat_view import PLAIN
 from trimtab.ui.page.conversation import Conversation
@@ -20,19 +21,24 @@ PANEL = {"vectors": [{"id": "warm", "scale": 1.0}]}
 
 
 class SlowCheck(FakeServer):
-    """Lets a check of the steering wait until `checked` is set."""
+    """Lets a check of the steering wait until `checked` is set; refuses those in `refused`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.checked = asyncio.Event()
         self.checked.set()
+        self.n_checks = 0
+        self.refused: set[int] = set()
 
     async def get(self, path: str) -> dict[str, Any]:
         return {"data": [{"id": "m"}]}
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if path.endswith("/check"):
+            self.n_checks += 1
             await self.checked.wait()
+            if self.n_checks in self.refused:
+                raise ServerError("Too strong.")
             return {"dose": {"3": 0.1}}
         return await super().post(path, body)
 
@@ -114,6 +120,28 @@ def test_stop_ends_what_was_just_sent():
 def test_send_pressed_twice_asks_once():
     """Catches a double click that leaves an empty turn behind."""
     assert prompts(pressed("send", "send")) == ["First", "Second"]
+
+
+def test_of_quick_moves_of_a_slider_the_last_is_checked_and_spoken_of():
+    """Catches a refusal of settings that nobody asks for any more, and checks that queue up."""
+
+    async def play() -> None:
+        it = Pressing()
+        await it.press("send", "First")
+        it.server.checked.clear()
+        it.server.refused = {2}  # the first move is half of a change
+        moves = [it.press("slide")]
+        await asyncio.sleep(0)
+        moves += [it.press("slide") for _ in range(3)]
+        await asyncio.sleep(0)
+        it.server.checked.set()
+        first, *others = await asyncio.wait_for(asyncio.gather(*moves), 5)
+        assert it.server.n_checks == 3  # of Send, of the first move, of the last
+        assert first == others[0] == others[1] == []
+        assert others[-1]
+        assert it.chat.turns[-1].steered.finish == "stop"
+
+    asyncio.run(play())
 
 
 def test_gauges_of_an_ended_chat_do_not_come_back():
