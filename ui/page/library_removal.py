@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from trimtab.steering.errors import TrimtabError
+from trimtab.ui.client import ServerError
 from trimtab.ui.page.library import Item, Library, stored
 from trimtab.ui.page.library_list import text
 from trimtab.ui.page.live import LIVE
@@ -43,15 +44,17 @@ class LibraryRemoval:
 
     async def _asked(self, request: gr.Request) -> list[Any]:
         visitor = self.visitors.of(request)
-        item = visitor.browsing.chosen
-        if item is None:
-            return [problem("Choose what to delete first."), gr.skip(), gr.skip(), gr.skip()]
-        try:
-            library = await stored(visitor.api)
-        except TrimtabError as error:
-            return [problem(error), gr.skip(), gr.skip(), gr.skip()]
-        visitor.browsing.to_delete = item
-        return ["", gr.Column(visible=True), question_html(item, library), f"Delete {item}"]
+        browsing = visitor.browsing
+        async with browsing.showing:
+            item = browsing.chosen
+            try:
+                if item is None:
+                    raise ServerError("Choose what to delete first.")
+                library = await stored(visitor.api)
+            except TrimtabError as error:
+                return [problem(error), gr.skip(), gr.skip(), gr.skip()]
+            browsing.to_delete = item
+            return ["", gr.Column(visible=True), question_html(item, library), f"Delete {item}"]
 
     async def _deleted(self, request: gr.Request) -> list[Any]:
         visitor = self.visitors.of(request)

@@ -171,7 +171,6 @@ class LibraryTab:
         browsing, notice = visitor.browsing, ""
         # One after the other: whoever presses twice sees the second last.
         async with browsing.showing:
-            browsing.to_delete = None  # the question is hidden below
             try:
                 library = browsing.library = await stored(visitor.api)
                 item = browsing.chosen
@@ -186,14 +185,17 @@ class LibraryTab:
             chosen = browsing.chosen
             if chosen is not None and chosen not in browsing.library:
                 chosen = None  # pressed meanwhile, and gone as well: its own turn says so
+            similarities = await self.similarities.show(visitor, kind, layer)
+            if browsing.to_delete != chosen:
+                browsing.to_delete = None
             return [
                 notice,
                 self._list(visitor, kind, search, order),
                 _EMPTY if chosen is None else _detail(chosen, browsing.library),
                 gr.Row(visible=chosen is not None),
                 gr.Button(visible=chosen is not None and chosen.kind == "vector"),
-                gr.Column(visible=False),
-                *await self.similarities.show(visitor, kind, layer),
+                gr.Column(visible=browsing.to_delete is not None),
+                *similarities,
             ]
 
     async def _listed(self, request: gr.Request, kind: str, search: str, order: str) -> str:

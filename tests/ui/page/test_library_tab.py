@@ -173,6 +173,27 @@ def test_nothing_is_deleted_without_the_question(served):
     assert colour.value == PLAIN
 
 
+def test_a_question_stays_while_what_it_is_about_is_chosen(served):
+    """Catches a list that comes late and takes away the question that was asked meanwhile."""
+
+    async def steps(library):
+        await choose(library, "vector", "kind")
+        opening = asyncio.create_task(library._opened(WHO, "vector", *ASKED))
+        await asyncio.sleep(0)  # it asks the server what is stored
+        asked = await library.removal._asked(WHO)
+        assert opening.done()
+        again = await library._opened(WHO, "vector", *ASKED)
+        other = await choose(library, "vector", "formal")
+        return asked[1], again[5], other[5], await library.removal._deleted(WHO)
+
+    asked, again, other, deleted = use(served, steps)
+    assert asked.visible
+    assert again.visible
+    assert not other.visible
+    assert deleted[0] == gr.skip()  # the question was about another
+    assert served.http.get("/v1/steering/vectors/kind").status_code == 200
+
+
 def test_a_key_that_may_not_is_refused_in_the_servers_words(served):
     """Catches a refusal that is shown as success, or not at all."""
 
