@@ -12,9 +12,18 @@ input.addEventListener("change", () => {
     said.textContent = `${file.name} is longer than ${props.most / 2 ** 20} MiB, the most the page takes; the API and the command line take more.`;
     return;
   }
+  said.textContent = "Reading the file…";
   const reader = new FileReader();
-  reader.onload = () => { props.value = { name: file.name, data: reader.result.split(",")[1] || "" }; };
+  reader.onload = () => {
+    if (input.files[0] !== file) return;  // another was chosen meanwhile
+    props.value = { name: file.name, data: reader.result.split(",")[1] || "" };
+    said.textContent = `Read: ${(file.size / 2 ** 10).toFixed(1)} KiB.`;
+  };
   reader.onerror = () => { said.textContent = `${file.name} cannot be read: ${reader.error.message}`; };
   reader.readAsDataURL(file);
 });
-watch("value", () => { if (!props.value) input.value = ""; });
+watch("value", () => {
+  if (props.value) return;
+  input.value = "";
+  said.textContent = "";
+});

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from typing import TYPE_CHECKING
 
 import pytest
 from browser import keep_screenshot
 from chat_on_page import ChatPage, sees_both_sides
 
 from trimtab.ui.page.run_settings import from_link, read_settings, to_link
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -23,6 +27,15 @@ def running(url: str) -> int:
     with urllib.request.urlopen(f"{url}/health", timeout=60) as answer:
         health = json.load(answer)
     return health["running"] + health["waiting"]
+
+
+def wait_for_rest(page: Page, url: str) -> None:
+    """Wait long for a busy machine, and not long enough for a story to end by itself."""
+    for _ in range(400):
+        if running(url) == 0:
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError("the server still generates")
 
 
 STEERED = {"vectors": [{"id": "optimistic", "scale": 2.0}], "max_tokens": 24}
@@ -195,7 +208,7 @@ def test_stop_ends_the_answer_and_the_servers_work(open_page, served_page):
     assert "stopped" in chat.page.inner_text('#stage [data-side="steered"]')
     chat.page.wait_for_function("setTimeout(() => { window.later = true }, 300), window.later")
     assert chat.text("steered") == kept
-    assert running(served_page.url) == 0
+    wait_for_rest(chat.page, served_page.url)
 
 
 def test_who_leaves_leaves_no_work_behind(open_page, served_page):
@@ -208,12 +221,7 @@ def test_who_leaves_leaves_no_work_behind(open_page, served_page):
     assert running(served_page.url) >= 2
     chat.page.goto("about:blank")
     other = ChatPage(open_page(), served_page.url, query=link(prompt="Still there?"))
-    # Long for a busy machine, and not long enough for the story to end by itself.
-    for _ in range(400):
-        if running(served_page.url) == 0:
-            break
-        other.page.wait_for_timeout(50)
-    assert running(served_page.url) == 0
+    wait_for_rest(other.page, served_page.url)
 
 
 def test_two_people_neither_see_nor_steer_each_other(open_page, served_page):
