@@ -2,9 +2,12 @@
 // with the event that has it as an input. `props.most` is how many bytes it may have.
 const input = element.querySelector("input");
 const said = element.querySelector("p");
+let reading = null;
 input.addEventListener("change", () => {
   const file = input.files[0];
-  props.value = null;
+  // Not null, which Gradio makes this of: it would tell the watcher below, who empties the field.
+  props.value = "";
+  reading = null;
   said.textContent = "";
   if (!file) return;
   if (file.size > props.most) {
@@ -13,9 +16,9 @@ input.addEventListener("change", () => {
     return;
   }
   said.textContent = "Reading the file…";
-  const reader = new FileReader();
+  const reader = reading = new FileReader();
   reader.onload = () => {
-    if (input.files[0] !== file) return;  // another was chosen meanwhile
+    if (reading !== reader) return;  // another was chosen meanwhile
     props.value = { name: file.name, data: reader.result.split(",")[1] || "" };
     said.textContent = `Read: ${(file.size / 2 ** 10).toFixed(1)} KiB.`;
   };

@@ -74,6 +74,8 @@ def add(page, file: Path, name: str) -> None:
     """Give a vector's file to be stored, the form being open."""
     page.set_input_files("#library-file input", file)
     page.locator("#library-file p", has_text="Read: ").wait_for()
+    # The field still names the file.
+    assert page.input_value("#library-file input").endswith(file.name)
     page.fill("#library-file-name input, #library-file-name textarea", name)
     page.click("#library-store")
 
