@@ -41,7 +41,8 @@ def heat_table(
     """
     head = "".join(f'<th scope="col">{plain(name)}</th>' for name in (corner, *columns))
     body = "".join(
-        f'<tr><th scope="row">{plain(name)}</th>{"".join(map(_cell, cells))}</tr>'
+        f'<tr><th scope="row" title="{plain(name)}">{plain(name)}</th>'
+        f"{''.join(map(_cell, cells))}</tr>"
         for name, cells in rows
     )
     # A box that scrolls has to be reached by keyboard, and then it needs a name. The caption is

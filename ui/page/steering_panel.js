@@ -19,6 +19,9 @@ const set = (changes, { redraw = true, tell = true } = {}) => {
   if (redraw) draw();
   if (tell) trigger("submit");
 };
+const MANY = 8; // beyond it a list is chosen from
+const FOLDED = 3; // beyond it classifiers that do nothing are folded
+const unfolded = new Set();
 const label = (text) => text.replaceAll("_", " ");
 const offered = () => props.catalogue;
 
@@ -91,15 +94,20 @@ function vectors() {
     free.length && rows.length < 8 ? picker("add-vector", "Add a vector…", free, add) : null);
 }
 
+// A short list is shown whole; of a long one what is on, and a picker for the rest.
 function toggles(title, hint, key, ids, current, change) {
   if (!ids.length) return null;
-  return section(title, hint, make("div", { class: "tt-chips" }, ...ids.map((id) => {
-    const on = current.includes(id);
-    return make("button", {
-      type: "button", class: "tt-chip", "aria-pressed": on, "data-key": `${key}-${id}`, text: id,
-      onclick: () => change(on ? current.filter((one) => one !== id) : [...current, id]),
-    });
-  })));
+  const isLong = ids.length > MANY;
+  const free = ids.filter((id) => isLong && !current.includes(id));
+  return section(title, hint,
+    make("div", { class: "tt-chips" }, ...ids.filter((id) => !free.includes(id)).map((id) => {
+      const on = current.includes(id);
+      return make("button", {
+        type: "button", class: "tt-chip", "aria-pressed": on, "data-key": `${key}-${id}`, text: id,
+        onclick: () => change(on ? current.filter((one) => one !== id) : [...current, id]),
+      });
+    })),
+    free.length ? picker(`add-${key}`, `${title}…`, free, (id) => change([...current, id])) : null);
 }
 
 function classifiers() {
@@ -135,8 +143,15 @@ function classifiers() {
     bar.querySelector(".tt-unit").style.left = "50%";
     bar.querySelector(".tt-zero").remove();
     const isUsed = term.target.length + term.avoid.length;
-    return section(`Classifier: ${card.id}`, "Press a label for toward (+), again for away (−).",
-      make("div", { class: "tt-chips", title: card.about }, ...chips),
+    const title = `Classifier: ${card.id}`;
+    const labels = make("div", { class: "tt-chips", title: card.about }, ...chips);
+    if (!isUsed && offered().classifiers.length > FOLDED) {
+      return make("details", {
+        open: unfolded.has(card.id) ? "" : null,
+        ontoggle: (event) => unfolded[event.target.open ? "add" : "delete"](card.id),
+      }, make("summary", { text: title, "data-key": `fold-${card.id}` }), labels);
+    }
+    return section(title, "Press a label for toward (+), again for away (−).", labels,
       isUsed ? slider({
         key: `guidance-${card.id}`, name: `Dose of ${card.id}, in calibrated doses`, value: term.scale,
         low: 0, high: 2, zones, bar, move: (scale, tell) => put({ scale }, { redraw: false, tell }),

@@ -257,7 +257,7 @@ def test_of_many_vectors_the_nearest_are_in_the_table():
     html = similarity_html(matrix_of(ids, near), "v150")
     assert html.count("<tr>") == MOST + 1
     for name in ("v150", *(other for _, other in near)):
-        assert f'<th scope="row">{name}</th>' in html
+        assert f'<th scope="row" title="{name}">{name}</th>' in html
     assert f"{MOST} of 200 vectors" in html
 
 

@@ -13,6 +13,7 @@ from browser import keep_screenshot
 
 from trimtab.steering.vector import VectorArtifact, from_bytes, to_bytes
 from trimtab.ui.page.chat_view import PLAIN
+from trimtab.ui.page.run_settings import read_settings, to_link
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -250,6 +251,49 @@ def test_tokens_may_be_coloured_by_what_is_stored_now(open_page, served_page, ht
     assert page.input_value("#colour input") == PLAIN
     page.click("#send")
     page.wait_for_selector('#stage [data-side="steered"] .tt-answer span')
+
+
+def test_a_long_library_leaves_the_chats_panel_short(open_page, served_page, http):
+    """Catches fifty buttons above Sampling, and a choice from a picker that is not sent."""
+    names = [f"{'zen-' * 12}{n}" for n in range(8)]
+    for name in names:
+        store(http, name)
+    tone = http.get("classifiers/tone/content").content
+    for n in range(3):
+        assert http.put(f"classifiers/tone-{n}", content=tone).status_code == 201
+    page = open_page(width=390)
+    page.set_default_timeout(PATIENCE_MS)
+    run = to_link(read_settings({"prompt": "Who?", "max_tokens": 4}))
+    page.goto(f"{served_page.url}/ui/?run={run}")
+    page.wait_for_selector("#steering-panel details")
+    assert offered(page) == []
+    page.select_option('[data-key="add-ablate"]', names[0])
+    page.select_option('[data-key="add-ablate"]', names[1])
+    page.wait_for_function(
+        "document.querySelectorAll('#steering-panel [data-key^=ablate-]').length == 2"
+    )
+    assert offered(page) == names[:2]
+    page.click(f'[data-key="ablate-{names[0]}"]')
+    label = page.locator('[data-key="label-tone-1-empathetic"]')
+    assert not label.is_visible()
+    page.click('[data-key="fold-tone-1"]')
+    label.click()  # toward
+    label.click()  # away
+    label.click()  # neither: what was unfolded stays so
+    page.locator('#steering-panel details [data-key="label-tone-1-empathetic"]').click()
+    page.click("#send")
+    page.locator('#stage [data-side="steered"] .tt-foot', has_text="toward empathetic").wait_for()
+    steered = page.inner_text('#stage [data-side="steered"]')
+    assert f"{names[1]} ablated" in steered
+    assert names[0] not in steered
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    # A name leaves room for the numbers beside it.
+    page.get_by_role("tab", name="Library").click()
+    cell = page.locator("#library-matrix td").first
+    cell.wait_for()
+    box = cell.bounding_box()
+    assert box is not None
+    assert box["x"] + box["width"] <= 390
 
 
 def test_classifiers_and_presets_are_shown_whole(open_page, served_page, http):
