@@ -161,7 +161,9 @@ class BuildOutcome:
             result_html(state) if is_new else gr.skip(),
         ]
 
-    async def _chosen(self, request: gr.Request, build: str) -> AsyncIterator[list[Any]]:
+    async def _chosen(self, request: gr.Request, build: str | None) -> AsyncIterator[list[Any]]:
+        if not build:  # leaving the empty list by keyboard tells of a choice too
+            return
         async for shown in self.follow(self.visitors.of(request), build):
             yield shown
 

@@ -14,6 +14,8 @@ from trimtab.ui.page.live import LIVE
 from trimtab.ui.page.notice import done, problem
 from trimtab.ui.page.visitor import Visitors
 
+_FOCUS = "() => { document.querySelector('%s').focus(); }"
+
 
 class LibraryRemoval:
     """The second step of a deletion. Hidden until `ask` is called.
@@ -31,7 +33,10 @@ class LibraryRemoval:
                 self.sure = gr.Button("Delete it", variant="stop", elem_id="library-sure")
                 self.keep = gr.Button("Keep it", elem_id="library-keep")
         self.deleted = self.sure.click(self._deleted, None, [notice, self.box], **LIVE)
-        self.keep.click(self._kept, None, self.box, **LIVE)
+        kept = self.keep.click(self._kept, None, self.box, **LIVE)
+        # The buttons that were pressed are hidden now; the keyboard goes on from these.
+        kept.then(None, js=_FOCUS % "#library-delete")
+        self.deleted.then(None, js=_FOCUS % "#library-list button, #library-refresh")
 
     def wire(self, button: gr.Button, notice: gr.HTML) -> None:
         """Let a button ask about what the visitor has chosen."""

@@ -99,6 +99,15 @@ def test_a_second_press_does_not_build_the_same_again():
     assert n_builds == 1
 
 
+def test_no_build_can_be_chosen():
+    """Catches an error when the keyboard leaves the empty list of builds."""
+
+    async def play() -> list[list[Any]]:
+        return await _rest(Building().tab.outcome._chosen(ME, None))
+
+    assert asyncio.run(play()) == []
+
+
 def test_the_build_that_was_watched_before_does_not_come_back():
     """Catches a Cancel that ends another build than the one whose progress is shown."""
 

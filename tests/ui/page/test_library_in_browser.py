@@ -192,6 +192,39 @@ def test_a_vector_is_deleted_after_a_question_and_leaves_the_chat(open_page, ser
     assert "the vector zen, which is not stored here" in page.inner_text("#library-detail")
 
 
+def test_the_keyboard_alone_deletes_or_keeps(open_page, served_page, http):
+    """Catches a focus that is lost with the button that was pressed."""
+    store(http, "zen")
+    page = open_library(open_page(), served_page)
+
+    def goes_on_at(selector: str) -> None:
+        page.wait_for_function(
+            "selector => document.activeElement.matches(selector)", arg=selector
+        )
+
+    def press(key: str, *, until: str) -> None:
+        page.keyboard.press(key)
+        page.wait_for_selector(until)
+
+    page.focus('#library-list [data-id="zen"] button')
+    press("Enter", until="#library-detail h2:has-text('zen')")
+    goes_on_at('[data-id="zen"] button')
+    page.focus("#library-delete")
+    press("Enter", until="#library-question .tt-notice")
+    page.keyboard.press("Tab")
+    goes_on_at("#library-sure")
+    page.keyboard.press("Tab")
+    goes_on_at("#library-keep")
+    page.keyboard.press("Enter")
+    goes_on_at("#library-delete")
+    assert http.get("vectors/zen").status_code == 200
+    press("Enter", until="#library-question .tt-notice")
+    page.keyboard.press("Tab")
+    press("Enter", until="#library-notice .tt-done")
+    goes_on_at("#library-list button")
+    assert http.get("vectors/zen").status_code == 404
+
+
 def test_what_went_meanwhile_is_told_in_the_servers_words(open_page, served_page, http):
     """Catches a page that shows or deletes what is gone as though it were there."""
     store(http, "zen")
