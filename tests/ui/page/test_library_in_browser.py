@@ -198,9 +198,7 @@ def test_the_keyboard_alone_deletes_or_keeps(open_page, served_page, http):
     page = open_library(open_page(), served_page)
 
     def goes_on_at(selector: str) -> None:
-        page.wait_for_function(
-            "selector => document.activeElement.matches(selector)", arg=selector
-        )
+        page.wait_for_function("selector => document.activeElement.matches(selector)", arg=selector)
 
     def press(key: str, *, until: str) -> None:
         page.keyboard.press(key)
