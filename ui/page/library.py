@@ -85,6 +85,7 @@ class Browsing:
     Attributes:
         library: what was stored when it was last asked for.
         chosen: what is shown in full.
+        press: the number of the press that chose it.
         to_delete: what the visitor was asked about.
         deleted: what has gone, until the chat's panel is told.
         showing: held while the tab is filled.
@@ -92,6 +93,7 @@ class Browsing:
 
     library: Library | None = None
     chosen: Item | None = None
+    press: int = 0
     to_delete: Item | None = None
     deleted: Item | None = None
     showing: asyncio.Lock = field(default_factory=asyncio.Lock)

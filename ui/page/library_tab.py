@@ -152,7 +152,10 @@ class LibraryTab:
         layer: str,
     ) -> list[Any]:
         visitor = self.visitors.of(request)
-        visitor.browsing.chosen = Item(kind, str(getattr(event, "id", "")))
+        browsing, press = visitor.browsing, getattr(event, "press", 0)
+        if press >= browsing.press:
+            browsing.press = press
+            browsing.chosen = Item(kind, str(getattr(event, "id", "")))
         return await self._all(visitor, kind, search, order, layer)
 
     async def _changed(

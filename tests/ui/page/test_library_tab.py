@@ -114,6 +114,18 @@ def test_of_two_presses_the_second_is_shown_last(served):
     assert ended == ["kind", "formal"]
 
 
+def test_a_press_that_was_overtaken_on_its_way_changes_nothing(served):
+    """Catches the first card shown because the second press arrived before the first."""
+
+    async def steps(library):
+        for name, press in (("formal", 2), ("kind", 1)):
+            event = SimpleNamespace(id=name, press=press)
+            shown = await library._chosen(WHO, event, "vector", *ASKED)
+        return shown
+
+    assert "<h2>formal</h2>" in use(served, steps)[2]
+
+
 def test_two_presses_on_what_is_gone_are_both_told(served):
     """Catches a traceback where the second press comes while the server says why of the first."""
 
@@ -134,7 +146,7 @@ def test_two_presses_on_what_is_gone_are_both_told(served):
 
     for notice, _, detail, *_ in use(served, steps):
         assert "Unknown vector" in notice
-        assert "<h3>" not in detail
+        assert "<h2>" not in detail
 
 
 def test_nothing_is_deleted_without_the_question(served):
