@@ -10,7 +10,7 @@ from trimtab.ui.attribution_pieces import Piece, pieces_of
 
 
 class Scores:
-    """What a heat map is drawn of.
+    """What a heat map is drawn of. Its `tokens` and `unit` are each subclass's own.
 
     Attributes:
         scale: the colour scale's end, where several maps share one; None takes these scores' own.

@@ -234,14 +234,18 @@ class ChatTab:
         chat = visitor.chat
         chat.n_presses += 1
         press = chat.n_presses
+
+        def is_overtaken() -> bool:
+            return is_anew and press < chat.n_presses
+
         try:
             async with chat.asking:
-                if is_anew and press < chat.n_presses:
+                if is_overtaken():
                     return
                 model = await visitor.model()
                 turn, sides = await begin(visitor, model, prompt, colour, choices, is_anew=is_anew)
         except TrimtabError as error:
-            if not is_anew or press == chat.n_presses:
+            if not is_overtaken():
                 yield self._only_notice(problem(error))
             return
         asked = request_body(body(turn, "steered", model, chat.messages("steered", until=turn)))

@@ -97,14 +97,13 @@ function vectors() {
 // A short list is shown whole; of a long one what is on, and a picker for the rest.
 function toggles(title, hint, key, ids, current, change) {
   if (!ids.length) return null;
-  const isLong = ids.length > MANY;
-  const free = ids.filter((id) => isLong && !current.includes(id));
+  const isOn = (id) => current.includes(id);
+  const [shown, free] = ids.length > MANY ? [ids.filter(isOn), ids.filter((id) => !isOn(id))] : [ids, []];
   return section(title, hint,
-    make("div", { class: "tt-chips" }, ...ids.filter((id) => !free.includes(id)).map((id) => {
-      const on = current.includes(id);
+    make("div", { class: "tt-chips" }, ...shown.map((id) => {
       return make("button", {
-        type: "button", class: "tt-chip", "aria-pressed": on, "data-key": `${key}-${id}`, text: id,
-        onclick: () => change(on ? current.filter((one) => one !== id) : [...current, id]),
+        type: "button", class: "tt-chip", "aria-pressed": isOn(id), "data-key": `${key}-${id}`, text: id,
+        onclick: () => change(isOn(id) ? current.filter((one) => one !== id) : [...current, id]),
       });
     })),
     free.length ? picker(`add-${key}`, `${title}…`, free, (id) => change([...current, id])) : null);

@@ -5,7 +5,7 @@ const said = element.querySelector("p");
 let reading = null;
 input.addEventListener("change", () => {
   const file = input.files[0];
-  // Not null, which Gradio makes this of: it would tell the watcher below, who empties the field.
+  // Not null: Gradio would make "" of it and tell the watcher below, which empties the field.
   props.value = "";
   reading = null;
   said.textContent = "";
